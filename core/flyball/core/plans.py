@@ -1,0 +1,258 @@
+"""Plans: what a runbook wants done, resolved and frozen; the seam between the part that decides and the part that acts.
+
+`runbooks` makes a `Plan`, `remediation` carries it out; neither imports the other. What both must agree on stands here:
+the plan, the protocol of an action, and how people write durations and shares.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Protocol
+
+import msgspec
+from flyball.core.directives import DirectiveKind
+from flyball.core.entities import Entity
+from flyball.core.ids import short_id
+from pydantic import BaseModel, BeforeValidator
+
+if TYPE_CHECKING:
+    from flyball.core.estate import Estate
+    from flyball.core.incident import Incident
+
+Mode = Literal["observe", "suggest", "approve", "auto"]
+MODES: Final[tuple[Mode, ...]] = ("observe", "suggest", "approve", "auto")
+"""From the least to the most that may be done without a person."""
+
+
+def lower_mode(a: Mode, b: Mode) -> Mode:
+    """The more careful of two modes: a runbook's own and the environment's ceiling must both allow.
+
+    >>> lower_mode("auto", "suggest")
+    'suggest'
+    """
+    return a if MODES.index(a) <= MODES.index(b) else b
+
+
+_UNIT_S: Final[dict[str, float]] = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+", re.ASCII)
+_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
+MAX_DURATION_S: Final = 366 * 86400.0
+
+
+def parse_duration(value: object) -> float:
+    """Seconds of a duration as people write it: `30s`, `5m`, `1h30m`. A bare number is refused: its unit is a guess.
+
+    Raises: ValueError, with what would be right.
+
+    >>> parse_duration("1h30m")
+    5400.0
+    """
+    if isinstance(value, str) and len(value) <= 40 and _DURATION.fullmatch(value):
+        seconds = sum(float(n) * _UNIT_S[unit] for n, unit in _DURATION_PART.findall(value))
+        if seconds <= MAX_DURATION_S:
+            return seconds
+        raise ValueError(f"{value} is longer than a year")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError(f"{value} has no unit; write for example {value}s or {value}m")
+    raise ValueError(f"{str(value)[:60]!r} is not a duration; write for example 30s, 5m or 1h")
+
+
+def format_duration(seconds: float) -> str:
+    """The shortest exact way to write whole seconds: `90s` is `1m30s`.
+
+    >>> format_duration(5400)
+    '1h30m'
+    """
+    rest, out = round(seconds), ""
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        count, rest = divmod(rest, size)
+        out += f"{count}{unit}" if count else ""
+    return out or "0s"
+
+
+def parse_share(value: object) -> float:
+    """A share in (0, 1] from `25%`; a bare number is refused, because 1 could mean all or one percent.
+
+    Raises: ValueError, with what would be right.
+
+    >>> parse_share("25%")
+    0.25
+    """
+    if isinstance(value, str) and re.fullmatch(r"\d{1,3}(?:\.\d{1,4})?%", value, re.ASCII):
+        share = float(value[:-1]) / 100.0
+        if 0.0 < share <= 1.0:
+            return share
+        raise ValueError(f"{value} is not a share; it lies over 0% and up to 100%")
+    raise ValueError(f"{str(value)[:60]!r} is not a share; write a percentage, for example 25%")
+
+
+def _duration(value: object) -> float:
+    # Params that were frozen once are validated again from their numbers (typed floats pass).
+    return value if type(value) is float else parse_duration(value)
+
+
+def _share(value: object) -> float:
+    if type(value) is float and 0.0 < value <= 1.0:
+        return value
+    return parse_share(value)
+
+
+DurationS = Annotated[float, BeforeValidator(_duration, json_schema_input_type=str)]
+"""Seconds; written `30s`, `5m`, `1h`."""
+Share = Annotated[float, BeforeValidator(_share, json_schema_input_type=str)]
+"""In (0, 1]; written `25%`."""
+
+
+class Term(msgspec.Struct, frozen=True):
+    """One comparison of a verification, such as `errors("to") < 0.02`. Without enough data it is neither true nor false."""
+
+    measure: Literal["errors", "calls", "usd_per_hour"]
+    of: Literal["to", "from"]
+    op: Literal["<", "<=", ">", ">="]
+    bound: float
+
+    def __str__(self) -> str:
+        return f'{self.measure}("{self.of}") {self.op} {self.bound:g}'
+
+    def holds(self, value: float) -> bool:
+        if self.op == "<":
+            return value < self.bound
+        if self.op == "<=":
+            return value <= self.bound
+        return value > self.bound if self.op == ">" else value >= self.bound
+
+
+class Verify(msgspec.Struct, frozen=True, kw_only=True):
+    """How an effect is proved. Not proved within `within_s` is failed: no data is never success."""
+
+    within_s: float = 180.0
+    expect: tuple[Term, ...] = (Term("errors", "to", "<", 0.02),)
+    against: Literal["untouched", "nothing"] = "untouched"
+    """`untouched`: the benefit must show against the part of the traffic that was left in place."""
+    min_calls: int = 20
+
+
+class PlanStep(msgspec.Struct, frozen=True, kw_only=True):
+    """One step with its targets and parameters resolved: nothing in it is looked up again later.
+
+    stages: params of the directive, one per step of the ramp; the next begins when the one before is verified.
+    source, target: where the effect is measured: the traffic acted on, and where it went.
+    """
+
+    id: str
+    action: str
+    kind: DirectiveKind
+    scope: dict[str, str]
+    stages: tuple[dict[str, Any], ...]
+    source: dict[str, str]
+    target: dict[str, str]
+    hold_s: float
+    """How long the effect may last in all, renewals included."""
+    lease_s: float
+    """How long it lasts by itself when Flyball is dead."""
+    timeout_s: float
+    """By when the last stage must be verified, else everything is undone."""
+    verify: Verify = Verify()
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="plan"):
+    """What one runbook wants done about one incident. `plan_hash` binds targets, params and attempt: approvals refer to it.
+
+    locks: entities that no other plan may touch while this one is in force.
+    """
+
+    at: float
+    incident: str
+    runbook: str
+    mode: Mode
+    steps: tuple[PlanStep, ...]
+    root: Entity
+    attempt: int = 1
+    locks: tuple[str, ...] = ()
+    max_age_s: float = 300.0
+    approved_by: str = ""
+    on_failure: Literal["undo_and_page", "undo", "page"] = "undo_and_page"
+    plan_hash: str = ""
+
+    @property
+    def may_act(self) -> bool:
+        """Whether it may be carried out as it stands: planned in `auto`, or in `approve` and approved by a person."""
+        return self.mode == "auto" or (self.mode in ("approve", "suggest") and bool(self.approved_by))
+
+
+def plan_hash(incident: str, runbook: str, attempt: int, steps: Sequence[PlanStep]) -> str:
+    """`PLAN-…`: depends on who, what, where and which attempt, and not on when it was computed."""
+    return short_id(
+        "PLAN", incident, runbook, attempt, msgspec.json.encode(steps, order="deterministic"), length=10
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Somewhere traffic could go, with the figures it was chosen on."""
+
+    scope: dict[str, str]
+    errors: float
+    calls: int
+    shared_models: int
+    shared_apps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a step cannot be resolved. `reason` is a stable word: `no_candidate`, `no_target`, `bad_params`, …"""
+
+    reason: str
+    detail: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanContext:
+    """What an action may look at while it resolves its targets.
+
+    best_healthy: candidates to take over the traffic of a scope, best first; empty when there is none.
+    """
+
+    incident: Incident
+    estate: Estate
+    best_healthy: Callable[[Mapping[str, str]], Sequence[Candidate]]
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """A step's parameters after resolution; becomes a `PlanStep`."""
+
+    scope: dict[str, str]
+    stages: tuple[dict[str, Any], ...]
+    source: dict[str, str]
+    target: dict[str, str]
+    hold_s: float
+    lease_s: float
+    locks: tuple[str, ...]
+    max_share: float
+    """Share of the calls in scope that the step touches at most: what the blast radius is computed from."""
+
+
+class Action(Protocol):
+    """What a step of a runbook can do. One file in `remediation/actions`, named by its kind."""
+
+    kind: ClassVar[str]
+    directive: ClassVar[DirectiveKind]
+    Params: ClassVar[type[BaseModel]]
+    references: ClassVar[frozenset[str]]
+    """Words with a `$` or names such as `best_healthy` that `freeze` resolves; anything else in params is literal."""
+
+    @classmethod
+    def freeze(cls, params: BaseModel, context: PlanContext) -> Frozen | Refusal:
+        """Targets resolved once, against the live estate; pure. An empty target set is a refusal, never "all"."""
+        ...
+
+
+class Actions(Protocol):
+    """The actions there are; `core.plugins.Registry` is one."""
+
+    def kinds(self) -> list[str]: ...
+    def get(self, kind: str) -> Any: ...
