@@ -1,0 +1,68 @@
+"""The set of live directives as enforcement points read it: with an ETag, and a long poll that wakes on change."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+
+import msgspec
+
+from flyball.core.directives import Directive, DirectiveChange
+from flyball.core.ports import Clock
+
+
+class DirectiveBoard:
+    """Written by the runtime after a commit, read by the HTTP interface. What has expired is never shown, whatever else happens."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._live: dict[str, Directive] = {}
+        self._waiters: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
+
+    def put(self, directives: Iterable[Directive]) -> None:
+        with self._lock:
+            self._live = {d.id: d for d in directives}
+        self._wake()
+
+    def change(self, changes: Sequence[DirectiveChange]) -> None:
+        with self._lock:
+            live = dict(self._live)
+            for c in changes:
+                if c.change in ("granted", "renewed"):
+                    live[c.directive.id] = c.directive
+                else:
+                    live.pop(c.directive.id, None)
+            self._live = live
+        self._wake()
+
+    def read(self) -> tuple[str, list[Directive]]:
+        """The ETag and the directives in force now, ordered by id."""
+        now = self._clock.now()
+        live = sorted((d for d in self._live.values() if d.expires_at > now), key=lambda d: d.id)
+        tag = blake2b(msgspec.json.encode(live), digest_size=10).hexdigest()
+        return f'"{tag}"', live
+
+    async def wait(self, etag: str, wait_s: float) -> tuple[str, list[Directive]]:
+        """As `read`, but while it still has this ETag waits up to `wait_s` seconds for another."""
+        event = asyncio.Event()
+        waiter = (asyncio.get_running_loop(), event)
+        self._waiters.add(waiter)
+        try:
+            found = self.read()
+            if found[0] != etag or wait_s <= 0:
+                return found
+            # An expiry is a change too, and nobody announces it.
+            first = min((d.expires_at for d in found[1]), default=float("inf")) - self._clock.now()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(event.wait(), max(0.0, min(wait_s, first + 0.01)))
+            return self.read()
+        finally:
+            self._waiters.discard(waiter)
+
+    def _wake(self) -> None:
+        for loop, event in list(self._waiters):
+            loop.call_soon_threadsafe(event.set)

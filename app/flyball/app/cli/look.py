@@ -1,0 +1,285 @@
+"""`flyball status`, `flyball incident …`, `flyball ledger …`, `flyball dead-letters …`: looking at what is and was."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flyball.app.cli._common import DEFAULT_URL, AsJson, TokenOption, Url, client, print_json
+from flyball.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", help="Read this data folder instead of asking a running Flyball.", show_default=""
+    ),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("status")(status)
+    incident = typer.Typer(help="Incidents: list, show, ack, resolve, silence.", no_args_is_help=True)
+    incident.command("list")(incident_list)
+    incident.command("show")(incident_show)
+    for kind, help_text in (
+        ("acknowledge", "Says that somebody looks after it."),
+        ("resolve", "Ends it by a person's word."),
+        ("reopen", "Takes a resolved one up again."),
+    ):
+        incident.command(kind if kind != "acknowledge" else "ack", help=help_text + _examples(kind))(
+            _commander(kind)
+        )
+    incident.command("silence")(incident_silence)
+    app.add_typer(incident, name="incident")
+    ledger = typer.Typer(help="The durable record of every decision and action.", no_args_is_help=True)
+    ledger.command("list")(ledger_list)
+    ledger.command("verify")(ledger_verify)
+    app.add_typer(ledger, name="ledger")
+    letters = typer.Typer(help="What could not be taken.", no_args_is_help=True)
+    letters.command("list")(dead_letters_list)
+    app.add_typer(letters, name="dead-letters")
+
+
+def _examples(kind: str) -> str:
+    word = "ack" if kind == "acknowledge" else kind
+    return f"\n\nExamples:\n\n  flyball incident {word} INC-7QF3XK2A\n\n  flyball incident {word} INC-7QF3XK2A --url http://127.0.0.1:4390"
+
+
+@contextmanager
+def _database(data: Path) -> Iterator[Connection]:
+    from flyball.app.store.sqlite import open_reader
+    from flyball.app.wiring import database_path
+
+    path = database_path(data)
+    if not path.exists():
+        raise ConfigError(
+            "holds no Flyball database; name the folder that `flyball run --data` uses", where=str(data)
+        )
+    engine = open_reader(path)
+    try:
+        with engine.connect() as c:
+            yield c
+    finally:
+        engine.dispose()
+
+
+def status(
+    url: Url = DEFAULT_URL, token: TokenOption = "", data: Data = None, as_json: AsJson = False
+) -> None:
+    """What was read, found and done since the beginning.
+
+    Examples:
+
+      flyball status
+
+      flyball status --data flyball-data --json
+    """
+    found = _offline_status(data) if data is not None else _get(url, token, "/v1/status")
+    if as_json:
+        print_json(found)
+        return
+    events = ", ".join(f"{n:,} {kind}" for kind, n in sorted(found["events"].items())) or "none yet"
+    rejected = ", ".join(f"{n:,} {reason}" for reason, n in sorted(found["rejected"].items())) or "none"
+    incidents = ", ".join(f"{n} {state}" for state, n in found["incidents"].items() if n) or "none"
+    print(f"events      {events}")
+    print(f"not counted {found['duplicates']:,} copies, {found['late']:,} late; rejected: {rejected}")
+    print(f"incidents   {incidents}; {found['pages']} pages")
+    print(f"directives  {found['directives']} granted, {found['live_directives']} in force")
+    print(f"position    {found['position']}, {found['lag_bytes']:,} bytes unread")
+    for kind, why in found["disabled_detectors"].items():
+        print(f"detector {kind} is switched off: {why}")
+
+
+def _offline_status(data: Path) -> dict[str, Any]:
+    from flyball.app.clock import SystemClock
+    from flyball.app.http.read import assemble_status
+    from flyball.app.store import store
+
+    with _database(data) as c:
+        position = store.position(c)
+        oldest = store.oldest_unread(c, position)
+        lag_s = SystemClock().now() - oldest if oldest is not None else 0.0
+        return assemble_status(
+            store.counters(c), store.edge(c)["rejected"], store.incident_counts(c), position,
+            lag_s, store.backlog_bytes(c, position), len(store.live_directives(c)),
+        )  # fmt: skip
+
+
+def _get(url: str, token: str, path: str, **params: Any) -> Any:
+    with client(url, token) as c:
+        response = c.get(path, params=params)
+        response.raise_for_status()
+        return response.json()
+
+
+def incident_list(
+    url: Url = DEFAULT_URL,
+    token: TokenOption = "",
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many at most.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Incidents, newest first.
+
+    Examples:
+
+      flyball incident list
+
+      flyball incident list --limit 100 --json
+    """
+    from flyball.app.text import clock
+
+    for i in _get(url, token, "/v1/incidents", limit=limit):
+        if as_json:
+            print_json(i)
+        else:
+            page = "PAGE" if i["page"] else "    "
+            print(f"{i['id']}  {clock(i['at'])}  {page}  {i['state']:12}  {i['severity']:8}  {i['title']}")
+
+
+def incident_show(
+    incident: Annotated[str, typer.Argument(help="Id, as in the alert.")],
+    url: Url = DEFAULT_URL,
+    token: TokenOption = "",
+    why: Annotated[bool, typer.Option("--why", help="Every figure with the evidence behind it.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """One incident: what broke, for whom, why we think so, what was done.
+
+    Examples:
+
+      flyball incident show INC-7QF3XK2A
+
+      flyball incident show INC-7QF3XK2A --why
+    """
+    from flyball.app.text import incident_lines
+
+    found = _get(url, token, f"/v1/incidents/{incident}")
+    if as_json:
+        print_json(found)
+        return
+    for line in incident_lines(found, why=why):
+        print(line)
+
+
+def _commander(kind: str) -> Any:
+    def command(
+        incident: Annotated[str, typer.Argument(help="Id, as in the alert.")],
+        url: Url = DEFAULT_URL,
+        token: TokenOption = "",
+    ) -> None:
+        _post_command(url, token, incident, {"kind": kind})
+
+    return command
+
+
+def incident_silence(
+    incident: Annotated[str, typer.Argument(help="Id, as in the alert.")],
+    for_s: Annotated[float, typer.Option("--for-s", min=1, help="Seconds of silence.")] = 3600.0,
+    url: Url = DEFAULT_URL,
+    token: TokenOption = "",
+) -> None:
+    """Nobody hears of it for a while; it goes on being watched and acted on.
+
+    Examples:
+
+      flyball incident silence INC-7QF3XK2A
+
+      flyball incident silence INC-7QF3XK2A --for-s 7200
+    """
+    _post_command(url, token, incident, {"kind": "silence", "for_s": for_s})
+
+
+def _post_command(url: str, token: str, incident: str, body: dict[str, Any]) -> None:
+    with client(url, token) as c:
+        response = c.post(f"/v1/incidents/{incident}", json=body)
+        response.raise_for_status()
+    print(f"{incident}: {body['kind']} taken")
+
+
+def ledger_list(
+    data: Annotated[Path, typer.Option("--data", help="Data folder.")] = Path("flyball-data"),
+    incident: Annotated[str, typer.Option(help="Only of this incident.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Every decision and action, refusals included, oldest first.
+
+    Examples:
+
+      flyball ledger list --data flyball-data
+
+      flyball ledger list --incident INC-7QF3XK2A --json
+    """
+    from flyball.app.store import store
+    from flyball.app.text import clock
+
+    with _database(data) as c:
+        entries = store.list_ledger(c, incident)
+    for e in entries:
+        if as_json:
+            print_json(e)
+        else:
+            b = e["body"]
+            what = b.get("decision") or b.get("change") or b.get("result") or ""
+            print(
+                f"{clock(e['at'])}  {e['incident']}  {e['runbook']}  {e['kind']} {what}: {b.get('reason', '')}"
+            )
+
+
+def ledger_verify(
+    data: Annotated[Path, typer.Option("--data", help="Data folder.")] = Path("flyball-data"),
+) -> None:
+    """Checks the chain of hashes: every line seals all before it. Exit code 1 when one was changed or removed.
+
+    Examples:
+
+      flyball ledger verify
+
+      flyball ledger verify --data /var/lib/flyball
+    """
+    from flyball.app.store import store
+
+    with _database(data) as c:
+        broken = store.verify_ledger(c)
+    if broken is not None:
+        print(f"the ledger was changed at or before line {broken}")
+        raise typer.Exit(1)
+    print("the ledger is whole")
+
+
+def dead_letters_list(
+    url: Url = DEFAULT_URL,
+    token: TokenOption = "",
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many at most.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """What could not be taken, newest first, with its reason. Needs the admin role.
+
+    Examples:
+
+      flyball dead-letters list
+
+      flyball dead-letters list --limit 1 --json
+    """
+    from flyball.app.text import clock
+
+    for letter in _get(url, token, "/v1/dead-letters", limit=limit):
+        if as_json:
+            print_json(letter)
+            continue
+        body = (
+            base64.b64decode(letter["body"]).decode("utf-8", "replace")[:100]
+            if letter["body"]
+            else "(bytes not kept)"
+        )
+        print(
+            f"{clock(letter['at'])}  {letter['format']} from {letter['sender']}: {letter['reason']}: {letter['detail']}"
+        )
+        print(f"    {letter['size']} bytes: {body}")

@@ -1,0 +1,170 @@
+"""What `flyball doctor` looks at: this machine, the settings, the data folder, and a running Flyball if there is one."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import httpx
+from flyball.runbooks.loader import load_runbooks
+
+from flyball.app.settings import Settings, load
+from flyball.app.store import store
+from flyball.app.store.sqlite import has_wal_reset_fault, open_reader
+from flyball.app.wiring import database_path
+from flyball.core.errors import ConfigError
+
+_LOW_DISK_BYTES: Final = 2 << 30
+_MANY_DUPLICATES: Final = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the doctor. `bad` must be mended, `warn` should be."""
+
+    check: str
+    level: Literal["ok", "warn", "bad"]
+    what: str
+    mend: str = ""
+
+
+def examine(config: Path | None, url: str, token: str) -> list[Finding]:
+    findings = [Finding("python", "ok", platform.python_version()), _sqlite()]
+    try:
+        settings = load(config)
+    except ConfigError as e:
+        return [*findings, Finding("settings", "bad", str(e), "correct the settings named")]
+    findings.append(Finding("settings", "ok", str(config) if config else "defaults and FLYBALL_ variables"))
+    findings += _runbooks(settings)
+    findings += _data(settings)
+    findings += _notify(settings)
+    return [*findings, *_running(url, token)]
+
+
+def _sqlite() -> Finding:
+    version = sqlite3.sqlite_version
+    if has_wal_reset_fault():
+        return Finding(
+            "sqlite",
+            "warn",
+            f"{version} has the WAL-reset fault (3.7.0 to 3.51.2), which needs two writing connections; Flyball uses one",
+            "open the database with other tools only read-only while Flyball runs, or use a Python with SQLite 3.51.3",
+        )
+    return Finding("sqlite", "ok", version)
+
+
+def _runbooks(settings: Settings) -> Iterator[Finding]:
+    try:
+        found = load_runbooks(settings.runbooks)
+    except ConfigError as e:
+        yield Finding(
+            "runbooks", "bad", str(e), "correct the file named; a running Flyball keeps the set it has"
+        )
+        return
+    names = ", ".join(f"{b.name} ({b.mode})" for b in found)
+    yield Finding("runbooks", "ok", f"{names}; ceiling {settings.mode}")
+
+
+def _data(settings: Settings) -> Iterator[Finding]:
+    parent = next(p for p in (settings.data.absolute(), *settings.data.absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < _LOW_DISK_BYTES:
+        yield Finding(
+            "disk", "warn", f"{free >> 20} MiB free at {parent}", "free some, or lower retention.log_bytes"
+        )
+    else:
+        yield Finding("disk", "ok", f"{free >> 30} GiB free at {parent}")
+    path = database_path(settings.data)
+    if not path.exists():
+        yield Finding("database", "ok", f"none yet at {path}; `flyball run` makes it")
+        return
+    engine = open_reader(path)
+    try:
+        with engine.connect() as c:
+            broken = store.verify_ledger(c)
+            position = store.position(c)
+    except (sqlite3.DatabaseError, ConfigError) as e:
+        yield Finding("database", "bad", f"{path} cannot be read ({e})", "move it away and restore a copy")
+        return
+    finally:
+        engine.dispose()
+    if broken is not None:
+        yield Finding(
+            "ledger", "bad", f"was changed at or before line {broken}", "find out who wrote to the database"
+        )
+    yield Finding("database", "ok", f"{path}, position {position}")
+
+
+def _notify(settings: Settings) -> Iterator[Finding]:
+    if settings.notify.channels:
+        yield Finding("notify", "ok", f"{len(settings.notify.channels)} channel(s)")
+    else:
+        yield Finding(
+            "notify",
+            "warn",
+            "no channel is set: nobody is told of incidents",
+            "add `notify.channels` (docs/alerts.md)",
+        )
+
+
+def _running(url: str, token: str) -> Iterator[Finding]:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        response = httpx.get(f"{url}/v1/status", headers=headers, timeout=5.0)
+    except (httpx.TransportError, httpx.InvalidURL) as e:
+        yield Finding(
+            "running", "warn", f"no answer from {url} ({type(e).__name__})", "start it with `flyball run`"
+        )
+        return
+    if response.status_code != 200:
+        yield Finding(
+            "running",
+            "bad",
+            f"{url} answers {response.status_code}",
+            "give a token with the read role: --token",
+        )
+        return
+    status: dict[str, Any] = response.json()
+    yield Finding("running", "ok" if status["ready"] else "bad", f"{url}, position {status['position']}")
+    yield from _traffic(status)
+
+
+def _traffic(status: dict[str, Any]) -> Iterator[Finding]:
+    calls = status["events"].get("llm_call", 0)
+    if not status["events"]:
+        yield Finding(
+            "traffic", "warn", "no event has arrived", "see `flyball init` for the lines that send some"
+        )
+    copies = status["duplicates"]
+    if calls and copies > _MANY_DUPLICATES * calls:
+        yield Finding(
+            "copies",
+            "warn",
+            f"{copies:,} copies of {calls:,} calls: two reporters tell the same calls",
+            "switch one of them off; Flyball counts the first, but pays for reading both",
+        )
+    for sender, skew_s in sorted(status.get("clock_skew", {}).items()):
+        yield Finding(
+            "clock",
+            "warn",
+            f"{sender} is {skew_s:+.1f} s off; its times are corrected",
+            "set its clock (NTP)",
+        )
+    for kind, why in status["disabled_detectors"].items():
+        yield Finding(
+            "detector", "bad", f"{kind} is switched off: {why}", "report it; a restart switches it on again"
+        )
+    if status["rejected"]:
+        total = sum(status["rejected"].values())
+        yield Finding(
+            "rejected", "warn", f"{total:,} events could not be taken", "see why: flyball dead-letters list"
+        )
+    if status["lag_s"] > 30:
+        yield Finding(
+            "lag", "bad", f"the stages are {status['lag_s']:.0f} s behind", "give the process a faster core"
+        )

@@ -1,0 +1,1 @@
+"""The HTTP interface of `flyball run`: telemetry in, incidents and directives out."""

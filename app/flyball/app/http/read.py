@@ -1,0 +1,180 @@
+"""What people and enforcement points read: status, incidents, directives, approvals, dead letters, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, HTTPException, Query, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+
+from flyball.app import views
+from flyball.app.embedded import Command, Embedded
+from flyball.app.http.auth import Auth
+from flyball.app.metrics import exposition
+from flyball.app.store import store
+from flyball.core.directives import Enforced
+from flyball.core.incident import State
+
+
+class CommandBody(BaseModel):
+    """A person's word about an incident."""
+
+    kind: Literal["acknowledge", "resolve", "silence", "reopen"]
+    for_s: float = Field(3600.0, gt=0, le=7 * 86_400, description="How long a silence lasts, seconds.")
+
+
+class EnforcedBody(BaseModel):
+    """What an enforcement point holds in force."""
+
+    point: str = Field(min_length=1, max_length=200)
+    directives: dict[str, int] = Field(
+        max_length=10_000, description="Directive id → calls it was applied to since the last report."
+    )
+
+
+def status(runtime: Embedded) -> dict[str, Any]:
+    """The totals that `flyball status --json` and `GET /v1/status` show."""
+    with runtime.reader.connect() as c:
+        incidents = store.incident_counts(c)
+    return assemble_status(
+        runtime.counters(),
+        dict(runtime.rejected),
+        incidents,
+        runtime.position,
+        runtime.lag(),
+        len(runtime.board.read()[1]),
+    ) | {"clock_skew": runtime.pipeline.windows.stats.skewed_senders(), "ready": runtime.ready}
+
+
+def assemble_status(
+    counters: dict[str, Any],
+    rejected: dict[str, int],
+    incidents: dict[str, int],
+    position: int,
+    lag_s: float,
+    lag_bytes: int,
+    live_directives: int,
+) -> dict[str, Any]:
+    return {
+        "events": counters.get("events", {}),
+        "rejected": rejected,
+        "duplicates": counters.get("duplicates", 0),
+        "late": counters.get("late", 0),
+        "incidents": incidents,
+        "pages": counters.get("pages", 0),
+        "directives": counters.get("directives", 0),
+        "live_directives": live_directives,
+        "lag_s": lag_s,
+        "lag_bytes": lag_bytes,
+        "position": position,
+        "windows": counters.get("windows", 0),
+        "anomalies": counters.get("anomalies", 0),
+        "decisions": counters.get("decisions", {}),
+        "outcomes": counters.get("outcomes", {}),
+        "watermark": counters.get("watermark", 0.0),
+        "disabled_detectors": counters.get("disabled", {}),
+    }
+
+
+def router(runtime: Embedded, auth: Auth) -> APIRouter:
+    r = APIRouter()
+
+    @r.get("/healthz", summary="200 while the process works; 500 when a thread of it has died")
+    async def healthz() -> Response:
+        if runtime.failure is not None:
+            return JSONResponse({"status": "failed", "why": str(runtime.failure)}, status_code=500)
+        return JSONResponse({"status": "ok"})
+
+    @r.get("/readyz", summary="200 while events are taken")
+    async def readyz() -> Response:
+        return JSONResponse({"ready": runtime.ready}, status_code=200 if runtime.ready else 503)
+
+    @r.get("/metrics", summary="Prometheus metrics")
+    async def metrics(request: Request) -> Response:
+        auth.check(request, "read")
+        return Response(exposition(runtime), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @r.get("/v1/status", summary="Totals since the beginning")
+    async def get_status(request: Request) -> Response:
+        auth.check(request, "read")
+        return JSONResponse(status(runtime))
+
+    @r.get("/v1/incidents", summary="Incidents, newest first")
+    async def incidents(
+        request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100, after: str = ""
+    ) -> Response:
+        auth.check(request, "read")
+        with runtime.reader.connect() as c:
+            return JSONResponse([views.incident(i) for i in store.list_incidents(c, limit, after)])
+
+    @r.get("/v1/incidents/{incident_id}", summary="One incident with its history and ledger")
+    async def incident(request: Request, incident_id: str) -> Response:
+        auth.check(request, "read")
+        with runtime.reader.connect() as c:
+            found = store.get_incident(c, incident_id)
+            if found is None:
+                raise HTTPException(404, f"no incident {incident_id!r}; `GET /v1/incidents` lists them")
+            history, entries = store.changes_of(c, incident_id), store.list_ledger(c, incident_id)
+        return JSONResponse(views.incident(found) | {"history": history, "ledger": entries})
+
+    @r.post("/v1/incidents/{incident_id}", summary="Acknowledge, resolve, silence or reopen")
+    async def command(request: Request, incident_id: str, body: CommandBody) -> Response:
+        who = auth.check(request, "operate")
+        with runtime.reader.connect() as c:
+            found = store.get_incident(c, incident_id)
+        if found is None:
+            raise HTTPException(404, f"no incident {incident_id!r}; `GET /v1/incidents` lists them")
+        refusal = _refusal(body.kind, found.state)
+        if refusal:
+            raise HTTPException(409, refusal)
+        now = runtime.clock.now()
+        until = now + body.for_s if body.kind == "silence" else None
+        await asyncio.wrap_future(runtime.command(Command(body.kind, incident_id, who, now, until)))
+        return JSONResponse({"accepted": True, "incident": incident_id, "kind": body.kind}, status_code=202)
+
+    @r.get("/v1/directives", summary="Leases in force; ETag, If-None-Match, ?wait=SECONDS")
+    async def directives(request: Request, wait: Annotated[float, Query(ge=0, le=60)] = 0.0) -> Response:
+        auth.check(request, "enforce")
+        known = request.headers.get("if-none-match", "")
+        etag, live = await runtime.board.wait(known, wait) if known else runtime.board.read()
+        if etag == known:
+            return Response(status_code=304, headers={"ETag": etag})
+        return JSONResponse(
+            [views.directive(d) for d in live], headers={"ETag": etag, "Cache-Control": "no-cache"}
+        )
+
+    @r.post("/v1/enforced", summary="What an enforcement point holds in force")
+    async def enforced(request: Request, body: EnforcedBody) -> Response:
+        auth.check(request, "enforce")
+        report = Enforced(point=body.point, at=runtime.clock.now(), directives=body.directives)
+        await asyncio.wrap_future(runtime.enforced(report))
+        return JSONResponse({"accepted": True}, status_code=202)
+
+    @r.get("/v1/approvals", summary="Plans that wait for a person")
+    async def approvals(request: Request) -> Response:
+        auth.check(request, "operate")
+        return JSONResponse(runtime.pipeline.waiting())
+
+    @r.get("/v1/dead-letters", summary="What could not be taken, newest first")
+    async def dead_letters(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
+        auth.check(request, "admin")
+        with runtime.reader.connect() as c:
+            found = store.list_dead_letters(c, limit)
+        for letter in found:
+            if letter["body"] is not None:
+                letter["body"] = base64.b64encode(letter["body"]).decode()
+        return JSONResponse(found)
+
+    return r
+
+
+def _refusal(kind: str, state: State) -> str:
+    resolved = state is State.RESOLVED
+    if resolved and kind in ("acknowledge", "resolve", "silence"):
+        return f"the incident is resolved; {kind} works on open ones"
+    if not resolved and kind == "reopen":
+        return f"the incident is {state.value}; only a resolved one can be reopened"
+    return ""

@@ -1,0 +1,299 @@
+"""The way of the data as one object: the same for the embedded runtime, for replay and for the lab.
+
+    batch → dedup → (event detectors) → windows → (window detectors) → correlate → plan → execute
+                                                                          ↑___________________|
+
+Everything here is deterministic: what comes in is events and ticks, what goes out is `Emissions`. A snapshot taken between two
+records, restored, gives the same emissions for every record after it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import structlog
+from flyball.incidents.correlator import Correlator
+from flyball.remediation.executor import Executor
+from flyball.runbooks.loader import RunbookSet
+from flyball.runbooks.planner import Planner
+from flyball.streams.dedup import Deduplicator
+from flyball.streams.windows import Windows, WindowSettings
+
+from flyball.core.anomaly import Anomaly
+from flyball.core.codec import pack_state, unpack_state
+from flyball.core.columns import Window
+from flyball.core.directives import Directive, Enforced
+from flyball.core.estate import Emissions
+from flyball.core.events import TYPE_NAMES, Batch, Change, Event
+from flyball.core.incident import IncidentChange
+from flyball.core.ports import EventDetector, WindowDetector
+from flyball.detectors import default_detectors
+from flyball.detectors._budget import PageBudget
+from flyball.detectors._episodes import CoolDown
+from flyball.incidents.settings import IncidentSettings
+from flyball.runbooks.estate import LiveEstate
+
+_log = structlog.get_logger(__name__)
+_STATE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineConfig:
+    """What the pipeline depends on; two pipelines of equal config and input say the same."""
+
+    windows: WindowSettings = field(default_factory=WindowSettings)
+    incidents: IncidentSettings = field(default_factory=IncidentSettings)
+    false_pages_per_week: float = 2.0
+    cooldown_s: float = 300.0
+    mode: str = "suggest"
+    runbooks: RunbookSet | None = None
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the beginning of time; part of the snapshot, so they survive a restart."""
+
+    events: Counter[str] = field(default_factory=Counter)
+    windows: int = 0
+    anomalies: int = 0
+    pages: int = 0
+    directives: int = 0
+    incidents: int = 0
+    decisions: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "events": dict(self.events), "windows": self.windows, "anomalies": self.anomalies, "pages": self.pages,
+            "directives": self.directives, "incidents": self.incidents, "decisions": dict(self.decisions),
+            "outcomes": dict(self.outcomes),
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Counters:
+        return cls(
+            Counter(raw["events"]), raw["windows"], raw["anomalies"], raw["pages"], raw["directives"], raw["incidents"],
+            Counter(raw["decisions"]), Counter(raw["outcomes"]),
+        )  # fmt: skip
+
+
+class Pipeline:
+    """All stages wired. One thread feeds it; it is not thread-safe.
+
+    Args:
+        config: see PipelineConfig.
+        timer: seconds of a monotonic clock, for time-per-stage metrics only; it never reaches a stage. None = not timed.
+    """
+
+    def __init__(self, config: PipelineConfig, *, timer: Callable[[], float] | None = None) -> None:
+        self.config = config
+        self.counters = Counters()
+        self.stage_seconds: Counter[str] = Counter()
+        self.disabled: dict[str, str] = {}
+        self._timer = timer
+        self._dedup = Deduplicator()
+        self.windows = Windows(config.windows)
+        budget = PageBudget(config.false_pages_per_week)
+        detectors = default_detectors(budget)
+        self._on_events = [cast(EventDetector, d) for d in detectors if d.reads == "events"]
+        self._on_windows = [cast(WindowDetector, d) for d in detectors if d.reads == "windows"]
+        self._cooldown = CoolDown(config.cooldown_s)
+        self._correlator = Correlator(config.incidents)
+        self._estate = LiveEstate()
+        self._planner = Planner(config.runbooks or RunbookSet(), config.mode)
+        self._executor = Executor()
+
+    # --- in -------------------------------------------------------------------------------------------------------
+
+    def feed(self, batch: Batch) -> Emissions:
+        out = Emissions()
+        batch = self._timed("dedup", self._dedup.feed, batch)
+        by_type: Counter[type] = Counter(map(type, batch.events))
+        for kind, n in by_type.items():
+            self.counters.events[TYPE_NAMES[kind]] += n
+        if len(by_type) > 1 or not self._windows_only(by_type):
+            self._judge_events(batch.events, by_type, out)
+        for window in self._timed("windows", self.windows.feed, batch):
+            self._close(window, out)
+        return self._counted(out)
+
+    def tick(self, now: float) -> Emissions:
+        """Lets time pass: windows that wait for silent senders close, leases expire, holds end."""
+        out = Emissions()
+        for window in self._timed("windows", self.windows.tick, now):
+            self._close(window, out)
+        anomalies: list[Anomaly] = []
+        for event_detector in self._on_events:
+            anomalies += self._guarded(event_detector.kind, event_detector.tick, now)
+        for window_detector in self._on_windows:
+            anomalies += self._guarded(window_detector.kind, window_detector.tick, now)
+        self._correlate(self._cooldown.feed(anomalies), out)
+        changes = list(self._timed("correlate", self._correlator.tick, now))
+        out.changes += changes
+        self._act(changes, now, out, ticking=True)
+        return self._counted(out)
+
+    def flush(self) -> Emissions:
+        """Closes every open window: the end of a replay."""
+        out = Emissions()
+        for window in self.windows.flush():
+            self._close(window, out)
+        return self._counted(out)
+
+    def command(self, kind: str, incident: str, by: str, at: float, until: float | None = None) -> Emissions:
+        """A person's word: `acknowledge`, `resolve`, `silence`, `reopen`.
+
+        Raises: ConfigError when the incident is unknown or its state forbids it.
+        """
+        out = Emissions()
+        out.changes += self._correlator.command(kind, incident, by, at, until)
+        return self._counted(out)
+
+    def enforced(self, report: Enforced) -> Emissions:
+        """An enforcement point says what it holds: "granted" and "in force" are two things."""
+        out = Emissions()
+        moved = self._executor.feed([report], self._estate, report.at)
+        self._sort_out(moved, report.at, out)
+        return self._counted(out)
+
+    # --- out ------------------------------------------------------------------------------------------------------
+
+    def directives(self) -> Sequence[Directive]:
+        return self._executor.directives()
+
+    @property
+    def duplicates(self) -> int:
+        return self._dedup.duplicates
+
+    @property
+    def watermark(self) -> float:
+        return self.windows.watermark
+
+    def snapshot(self) -> bytes:
+        state = {
+            "counters": self.counters.as_dict(),
+            "disabled": self.disabled,
+            "stages": {name: stage.snapshot() for name, stage in self._stages()},
+        }
+        return pack_state("pipeline", _STATE_VERSION, state)
+
+    def restore(self, data: bytes) -> None:
+        """Raises: SnapshotError when the snapshot is of another version; the state must then be rebuilt from the log."""
+        state = unpack_state(data, "pipeline", _STATE_VERSION)
+        self.counters = Counters.from_dict(state["counters"])
+        self.disabled = dict(state["disabled"])
+        saved = state["stages"]
+        for name, stage in self._stages():
+            if name in saved:  # a detector that was added since starts empty
+                stage.restore(saved[name])
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _stages(self) -> Iterable[tuple[str, Any]]:
+        yield "dedup", self._dedup
+        yield "windows", self.windows
+        for d in (*self._on_events, *self._on_windows):
+            yield f"detector:{d.kind}", d
+        yield "cooldown", self._cooldown
+        yield "correlator", self._correlator
+        yield "estate", self._estate
+        yield "planner", self._planner
+        yield "executor", self._executor
+
+    def _windows_only(self, by_type: Counter[type]) -> bool:
+        """LLM calls of a batch without runs interest no event detector; told by one look at types that detectors ask for."""
+        return not any(t in d.types for d in self._on_events for t in by_type)
+
+    def _judge_events(self, events: Sequence[Event], by_type: Counter[type], out: Emissions) -> None:
+        self._timed("correlate", self._correlator.observe_events, events)
+        anomalies: list[Anomaly] = []
+        for detector in self._on_events:
+            wanted = [t for t in by_type if t in detector.types]
+            if not wanted:
+                continue
+            mine = events if len(wanted) == len(by_type) else [e for e in events if type(e) in detector.types]
+            anomalies += self._guarded(detector.kind, detector.feed, mine)
+        items: list[Any] = [e for e in events if type(e) is Change] if by_type.get(Change) else []
+        self._correlate([*items, *self._cooldown.feed(anomalies)], out)
+
+    def _close(self, window: Window, out: Emissions) -> None:
+        out.windows.append(window)
+        self._timed("estate", self._estate.feed, [window])
+        anomalies: list[Anomaly] = []
+        for detector in self._on_windows:
+            anomalies += self._guarded(detector.kind, detector.feed, [window])
+        self._correlate([window, *self._cooldown.feed(anomalies)], out)
+
+    def _correlate(self, items: list[Any], out: Emissions) -> None:
+        if not items:
+            return
+        out.anomalies += [i for i in items if isinstance(i, Anomaly)]
+        changes = list(self._timed("correlate", self._correlator.feed, items))
+        out.changes += changes
+        now = max(self._estate.now(), *(c.at for c in changes)) if changes else self._estate.now()
+        self._act(changes, now, out, ticking=False)
+
+    def _act(self, changes: list[IncidentChange], now: float, out: Emissions, *, ticking: bool) -> None:
+        planned = list(self._timed("plan", self._planner.feed, changes, self._estate, now)) if changes else []
+        if ticking:
+            planned += self._timed("plan", self._planner.tick, now, self._estate)
+        decisions = [d for d, _ in planned]
+        out.decisions += decisions
+        orders: list[Any] = [*(p for _, p in planned if p is not None), *changes]
+        moved = list(self._timed("execute", self._executor.feed, orders, self._estate, now)) if orders else []
+        if ticking:
+            moved += self._timed("execute", self._executor.tick, now, self._estate)
+        if decisions:
+            out.changes += self._correlator.feed(decisions)
+        self._sort_out(moved, now, out)
+
+    def _sort_out(self, moved: Sequence[Any], now: float, out: Emissions) -> None:
+        """What the executor did goes back to the incident it was done for, and to the planner's limits."""
+        if not moved:
+            return
+        for item in moved:
+            (
+                out.directives if hasattr(item, "directive") and hasattr(item, "change") else out.outcomes
+            ).append(item)
+        out.changes += self._correlator.feed(list(moved))
+        followed = list(self._planner.feed(list(moved), self._estate, now))
+        out.decisions += [d for d, _ in followed]
+
+    def _counted(self, out: Emissions) -> Emissions:
+        c = self.counters
+        c.windows += len(out.windows)
+        c.anomalies += sum(a.phase == "on" for a in out.anomalies)
+        c.incidents += sum(not change.old for change in out.changes)
+        c.pages += sum(1 for change in out.changes if is_page(change))
+        c.directives += sum(d.change == "granted" for d in out.directives)
+        c.decisions.update(d.decision.value for d in out.decisions)
+        c.outcomes.update(o.result for o in out.outcomes)
+        return out
+
+    def _timed(self, stage: str, work: Callable[..., Any], *args: Any) -> Any:
+        if self._timer is None:
+            return work(*args)
+        start = self._timer()
+        try:
+            return work(*args)
+        finally:
+            self.stage_seconds[stage] += self._timer() - start
+
+    def _guarded(self, kind: str, work: Callable[..., Any], argument: Any) -> Sequence[Anomaly]:
+        """A detector that raises is switched off and reported; it never stops the stream."""
+        if kind in self.disabled:
+            return ()
+        try:
+            return cast(Sequence[Anomaly], self._timed("detect", work, argument))
+        except Exception as e:  # noqa: BLE001 - whatever a detector (also a third party's) raises must not stop the rest
+            self.disabled[kind] = f"{type(e).__name__}: {e}"
+            _log.exception("detector.disabled", detector=kind, error=self.disabled[kind])
+            return ()
+
+
+def is_page(change: IncidentChange) -> bool:
+    """Whether this change is one that wakes a person: the opening of a paging incident, or its becoming one."""
+    return change.incident.page and change.notify and (not change.old or change.reason.startswith("paged"))

@@ -1,0 +1,1 @@
+"""The durable record: SQLite (embedded) through SQLAlchemy Core."""

@@ -1,0 +1,89 @@
+"""SQLite: one writer connection, which alone checkpoints; readers may only query.
+
+Python often ships an SQLite between 3.7.0 and 3.51.2, which can corrupt a WAL database when two connections write or
+checkpoint at once. With a single writer it cannot happen; `flyball doctor` still says so.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any, Final
+
+from sqlalchemy import Engine, create_engine, event, select
+from sqlalchemy.exc import DatabaseError
+from sqlalchemy.pool import NullPool, QueuePool
+
+from flyball.app.store.tables import meta, metadata
+from flyball.core.errors import ConfigError
+
+SCHEMA_VERSION: Final = "1"
+WAL_RESET_FAULT_FIXED: Final = (3, 51, 3)
+
+
+def has_wal_reset_fault(version: tuple[int, ...] = sqlite3.sqlite_version_info) -> bool:
+    return (3, 7, 0) <= version < WAL_RESET_FAULT_FIXED
+
+
+def open_writer(path: Path, synchronous: str = "full") -> Engine:
+    """The engine of the one writer. Makes the file and its tables; refuses a file of another schema.
+
+    Raises: ConfigError when the folder cannot be written or the file is not a Flyball database of this schema.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(
+            f"folder cannot be made ({e.strerror}); set `data` to one that can", where=str(path.parent)
+        ) from e
+    engine = create_engine(f"sqlite:///{path}", poolclass=NullPool, connect_args={"check_same_thread": False})
+
+    @event.listens_for(engine, "connect")
+    def _connect(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # transactions are begun below, not guessed by the driver
+        for pragma in (
+            "journal_mode=WAL",
+            f"synchronous={synchronous}",
+            "busy_timeout=10000",
+            "wal_autocheckpoint=4000",
+        ):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    try:
+        with engine.begin() as connection:
+            metadata.create_all(connection)
+            found = connection.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar()
+            if found is None:
+                connection.execute(meta.insert().values(key="schema", value=SCHEMA_VERSION))
+            elif found != SCHEMA_VERSION:
+                raise ConfigError(
+                    f"is of schema {found}, this Flyball needs {SCHEMA_VERSION}; use the version that made it",
+                    where=str(path),
+                )
+    except DatabaseError as e:
+        raise ConfigError(
+            f"cannot be used as a database ({e.orig}); move it away or set another `data`", where=str(path)
+        ) from e
+    return engine
+
+
+def open_reader(path: Path) -> Engine:
+    """An engine whose connections cannot write, for the API and the command line; also beside a running Flyball."""
+    engine = create_engine(
+        f"sqlite:///{path}",
+        poolclass=QueuePool,
+        pool_size=4,
+        max_overflow=4,
+        connect_args={"check_same_thread": False},
+    )
+
+    @event.listens_for(engine, "connect")
+    def _connect(connection: Any, _record: Any) -> None:
+        connection.execute("PRAGMA busy_timeout=5000")
+        connection.execute("PRAGMA query_only=ON")
+
+    return engine

@@ -1,0 +1,428 @@
+"""What is written in one transaction, and what can be asked. The statements are SQLAlchemy Core; no row leaves this module."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, Engine, delete, func, insert, select, update
+from sqlalchemy.dialects.sqlite import insert as upsert
+
+from flyball.app.store.tables import (
+    dead_letters,
+    directives,
+    incident_changes,
+    incidents,
+    ledger,
+    log,
+    meta,
+    outbox,
+    snapshots,
+)
+from flyball.core.directives import Decision, Directive, DirectiveChange, LedgerEntry, Outcome
+from flyball.core.ids import short_id
+from flyball.core.incident import Incident, IncidentChange, State
+
+
+@dataclass(frozen=True, slots=True)
+class LogRow:
+    """One record of the log as stored. `id` is its position."""
+
+    id: int
+    kind: str
+    received_at: float
+    sender: str
+    n: int
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """What could not be taken, with its bytes unless a setting says otherwise. `n` events share it when a body was mostly bad."""
+
+    at: float
+    sender: str
+    format: str
+    reason: str
+    detail: str
+    size: int
+    body: bytes | None
+    n: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxRow:
+    """One message for one channel. `id` depends on incident, channel and revision: the same one is never stored twice."""
+
+    id: str
+    incident: str
+    revision: int
+    channel: str
+    created_at: float
+    due_at: float
+    why: str
+    body: bytes
+    attempts: int = 0
+
+
+@dataclass(slots=True)
+class Commit:
+    """All that one stretch of the log led to; stored together with the position behind it, or not at all."""
+
+    position: int
+    changes: list[IncidentChange] = field(default_factory=list)
+    entries: list[LedgerEntry] = field(default_factory=list)
+    directives: list[DirectiveChange] = field(default_factory=list)
+    outbox: list[OutboxRow] = field(default_factory=list)
+    snapshot: bytes | None = None
+    counters: dict[str, Any] | None = None
+    at: float = 0.0
+
+    @property
+    def empty(self) -> bool:
+        return not (self.changes or self.entries or self.directives or self.outbox or self.snapshot)
+
+
+def entry_of(item: Decision | DirectiveChange | Outcome) -> LedgerEntry:
+    """The ledger's line for what was decided or done; its key is the same in every replay."""
+    body = msgspec.to_builtins(item)
+    if isinstance(item, Decision):
+        key = short_id(
+            "DEC", item.incident, item.runbook, item.decision, item.reason, item.at, item.plan_hash, length=14
+        )
+        return LedgerEntry(
+            key=key, at=item.at, kind="decision", incident=item.incident, runbook=item.runbook, body=body
+        )
+    if isinstance(item, DirectiveChange):
+        d = item.directive
+        key = short_id("DIR", d.id, d.epoch, item.change, item.at, length=14)
+        return LedgerEntry(
+            key=key, at=item.at, kind="directive", incident=d.incident, runbook=d.runbook, body=body
+        )
+    key = short_id(
+        "OUT", item.incident, item.runbook, item.step, item.result, item.at, item.directive, length=14
+    )
+    return LedgerEntry(
+        key=key, at=item.at, kind="outcome", incident=item.incident, runbook=item.runbook, body=body
+    )
+
+
+# --- writing: only ever on the writer's connection -----------------------------------------------------------------
+
+
+def append_log(c: Connection, rows: Sequence[LogRow]) -> None:
+    c.execute(
+        insert(log),
+        [
+            {
+                "id": r.id,
+                "kind": r.kind,
+                "received_at": r.received_at,
+                "sender": r.sender,
+                "n": r.n,
+                "size": len(r.body),
+                "body": r.body,
+            }
+            for r in rows
+        ],
+    )
+
+
+def append_dead_letters(c: Connection, letters: Sequence[DeadLetter]) -> None:
+    c.execute(
+        insert(dead_letters),
+        [
+            {
+                "at": d.at, "sender": d.sender, "format": d.format, "reason": d.reason,
+                "detail": d.detail, "size": d.size, "body": d.body, "n": d.n,
+            }
+            for d in letters
+        ],
+    )  # fmt: skip
+
+
+def apply_commit(c: Connection, commit: Commit) -> None:
+    """Everything of `commit`, inside the caller's transaction."""
+    for change in commit.changes:
+        _put_incident(c, change)
+    for entry in commit.entries:
+        _put_entry(c, entry)
+    for moved in commit.directives:
+        _put_directive(c, moved)
+    for row in commit.outbox:
+        # A newer state of the same incident makes an unsent older one pointless.
+        c.execute(
+            update(outbox)
+            .where(
+                outbox.c.incident == row.incident,
+                outbox.c.channel == row.channel,
+                outbox.c.state == "pending",
+            )
+            .where(outbox.c.revision < row.revision)
+            .values(state="superseded")
+        )
+        values = {k: getattr(row, k) for k in OutboxRow.__slots__} | {"state": "pending", "receipt": ""}
+        c.execute(upsert(outbox).values(values).on_conflict_do_nothing())
+    if commit.snapshot is not None:
+        c.execute(
+            upsert(snapshots)
+            .values(position=commit.position, at=commit.at, body=commit.snapshot)
+            .on_conflict_do_nothing()
+        )
+        newest = select(snapshots.c.position).order_by(snapshots.c.position.desc()).limit(2)
+        c.execute(delete(snapshots).where(snapshots.c.position.not_in(newest)))
+    if commit.counters is not None:
+        put_meta(c, "counters", json.dumps(commit.counters))
+    put_meta(c, "position", str(commit.position))
+
+
+def _put_incident(c: Connection, change: IncidentChange) -> None:
+    i = change.incident
+    body = msgspec.json.encode(i)
+    values = {
+        "id": i.id, "at": i.at, "updated_at": i.updated_at, "state": i.state.value, "root": str(i.root),
+        "revision": i.revision, "body": body,
+    }  # fmt: skip
+    seq = select(func.coalesce(func.max(incidents.c.seq), 0) + 1).scalar_subquery()
+    c.execute(
+        upsert(incidents).values(seq=seq, **values).on_conflict_do_update(index_elements=["id"], set_=values)
+    )
+    if change.old != change.new:
+        c.execute(
+            insert(incident_changes).values(
+                incident=i.id,
+                at=change.at,
+                old=change.old,
+                new=change.new,
+                reason=change.reason,
+                revision=i.revision,
+            )
+        )
+
+
+def _put_entry(c: Connection, entry: LedgerEntry) -> None:
+    previous = c.execute(select(ledger.c.hash).order_by(ledger.c.seq.desc()).limit(1)).scalar() or b""
+    body = msgspec.json.encode(entry.body, order="sorted")
+    values = {k: getattr(entry, k) for k in ("key", "at", "kind", "incident", "runbook")}
+    c.execute(
+        upsert(ledger)
+        .values(**values, body=body, hash=ledger_hash(previous, entry.key, body))
+        .on_conflict_do_nothing()
+    )
+
+
+def ledger_hash(previous: bytes, key: str, body: bytes) -> bytes:
+    """Each line seals all before it: changing or removing one breaks every later hash."""
+    return blake2b(previous + key.encode() + b"\0" + body, digest_size=32).digest()
+
+
+def _put_directive(c: Connection, moved: DirectiveChange) -> None:
+    d = moved.directive
+    values = {
+        "id": d.id, "epoch": d.epoch, "expires_at": d.expires_at, "change": moved.change, "reason": moved.reason,
+        "ended_at": moved.at if moved.change in ("released", "expired") else None, "body": msgspec.json.encode(d),
+    }  # fmt: skip
+    c.execute(upsert(directives).values(values).on_conflict_do_update(index_elements=["id"], set_=values))
+
+
+def put_meta(c: Connection, key: str, value: str) -> None:
+    c.execute(
+        upsert(meta)
+        .values(key=key, value=value)
+        .on_conflict_do_update(index_elements=["key"], set_={"value": value})
+    )
+
+
+def trim(c: Connection, *, log_before: float, log_bytes: int, dead_before: float, limit: int = 200) -> int:
+    """Removes what is older or more than may be kept, in small steps; never what a restart would read again.
+
+    Returns: rows of the log removed.
+    """
+    needed = c.execute(select(func.min(snapshots.c.position))).scalar()
+    c.execute(delete(dead_letters).where(dead_letters.c.at < dead_before))
+    if needed is None:
+        return 0
+    total = c.execute(select(func.coalesce(func.sum(log.c.size), 0))).scalar() or 0
+    oldest = c.execute(
+        select(log.c.id, log.c.received_at, log.c.size)
+        .where(log.c.id <= needed)
+        .order_by(log.c.id)
+        .limit(limit)
+    ).all()
+    last = None
+    for row_id, received_at, size in oldest:
+        if received_at >= log_before and total <= log_bytes:
+            break
+        last, total = row_id, total - size
+    if last is None:
+        return 0
+    return c.execute(delete(log).where(log.c.id <= last)).rowcount
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def position(c: Connection) -> int:
+    return int(c.execute(select(meta.c.value).where(meta.c.key == "position")).scalar() or 0)
+
+
+def counters(c: Connection) -> dict[str, Any]:
+    found = c.execute(select(meta.c.value).where(meta.c.key == "counters")).scalar()
+    return json.loads(found) if found else {}
+
+
+def edge(c: Connection) -> dict[str, dict[str, int]]:
+    """Totals counted at the edge: `received` by format, `rejected` by reason."""
+    found = c.execute(select(meta.c.value).where(meta.c.key == "edge")).scalar()
+    return json.loads(found) if found else {"received": {}, "rejected": {}}
+
+
+def oldest_unread(c: Connection, after: int) -> float | None:
+    """When the first record behind `after` arrived; None when all were read."""
+    found = c.execute(select(log.c.received_at).where(log.c.id > after).order_by(log.c.id).limit(1)).scalar()
+    return float(found) if found is not None else None
+
+
+def last_log_id(c: Connection) -> int:
+    """The newest position ever given, also when its row was trimmed."""
+    return max(int(c.execute(select(func.coalesce(func.max(log.c.id), 0))).scalar() or 0), position(c))
+
+
+def newest_snapshot(c: Connection) -> tuple[int, bytes] | None:
+    row = c.execute(
+        select(snapshots.c.position, snapshots.c.body).order_by(snapshots.c.position.desc()).limit(1)
+    ).first()
+    return (row[0], row[1]) if row else None
+
+
+def read_log(c: Connection, after: int, limit: int = 256) -> list[LogRow]:
+    rows = c.execute(
+        select(log.c.id, log.c.kind, log.c.received_at, log.c.sender, log.c.n, log.c.body)
+        .where(log.c.id > after)
+        .order_by(log.c.id)
+        .limit(limit)
+    )
+    return [LogRow(*r) for r in rows]
+
+
+def iter_log(engine: Engine, after: int, until: int) -> Iterator[LogRow]:
+    while after < until:
+        with engine.connect() as c:
+            rows = read_log(c, after)
+        if not rows:
+            return
+        for row in rows:
+            if row.id > until:
+                return
+            yield row
+        after = rows[-1].id
+
+
+def backlog_bytes(c: Connection, after: int) -> int:
+    return int(
+        c.execute(select(func.coalesce(func.sum(log.c.size), 0)).where(log.c.id > after)).scalar() or 0
+    )
+
+
+def list_incidents(c: Connection, limit: int = 100, after: str = "") -> list[Incident]:
+    """Newest first; `after` is the id of the last one of the page before."""
+    query = select(incidents.c.body).order_by(incidents.c.seq.desc()).limit(limit)
+    if after:
+        seq = select(incidents.c.seq).where(incidents.c.id == after).scalar_subquery()
+        query = query.where(incidents.c.seq < seq)
+    return [msgspec.json.decode(b, type=Incident) for (b,) in c.execute(query)]
+
+
+def get_incident(c: Connection, incident_id: str) -> Incident | None:
+    body = c.execute(select(incidents.c.body).where(incidents.c.id == incident_id)).scalar()
+    return msgspec.json.decode(body, type=Incident) if body else None
+
+
+def changes_of(c: Connection, incident_id: str) -> list[dict[str, Any]]:
+    t = incident_changes.c
+    rows = c.execute(select(t.at, t.old, t.new, t.reason).where(t.incident == incident_id).order_by(t.seq))
+    return [{"at": at, "from": old, "to": new, "reason": reason} for at, old, new, reason in rows]
+
+
+def incident_counts(c: Connection) -> dict[str, int]:
+    found = {state.value: 0 for state in State}
+    found.update(
+        (row[0], row[1])
+        for row in c.execute(select(incidents.c.state, func.count()).group_by(incidents.c.state))
+    )
+    return found
+
+
+def live_directives(c: Connection) -> list[Directive]:
+    query = select(directives.c.body).where(directives.c.ended_at.is_(None)).order_by(directives.c.id)
+    return [msgspec.json.decode(b, type=Directive) for (b,) in c.execute(query)]
+
+
+def list_ledger(c: Connection, incident: str = "", limit: int = 1000) -> list[dict[str, Any]]:
+    query = select(
+        ledger.c.seq,
+        ledger.c.key,
+        ledger.c.at,
+        ledger.c.kind,
+        ledger.c.incident,
+        ledger.c.runbook,
+        ledger.c.body,
+    )
+    if incident:
+        query = query.where(ledger.c.incident == incident)
+    rows = c.execute(query.order_by(ledger.c.seq).limit(limit))
+    names = ("seq", "key", "at", "kind", "incident", "runbook")
+    return [dict(zip(names, r[:6], strict=True)) | {"body": json.loads(r[6])} for r in rows]
+
+
+def verify_ledger(c: Connection) -> int | None:
+    """None when every hash holds, else the first broken `seq`."""
+    previous = b""
+    for seq, key, body, found in c.execute(
+        select(ledger.c.seq, ledger.c.key, ledger.c.body, ledger.c.hash).order_by(ledger.c.seq)
+    ):
+        if ledger_hash(previous, key, body) != found:
+            return int(seq)
+        previous = found
+    return None
+
+
+def list_dead_letters(c: Connection, limit: int = 100) -> list[dict[str, Any]]:
+    t = dead_letters.c
+    rows = c.execute(
+        select(t.id, t.at, t.sender, t.format, t.reason, t.detail, t.size, t.body)
+        .order_by(t.id.desc())
+        .limit(limit)
+    )
+    names = ("id", "at", "sender", "format", "reason", "detail", "size", "body")
+    return [dict(zip(names, r, strict=True)) for r in rows]
+
+
+def due_outbox(c: Connection, now: float, limit: int) -> list[OutboxRow]:
+    t = outbox.c
+    rows = c.execute(
+        select(t.id, t.incident, t.revision, t.channel, t.created_at, t.due_at, t.why, t.body, t.attempts)
+        .where(t.state == "pending", t.due_at <= now)
+        .order_by(t.created_at, t.id)
+        .limit(limit)
+    )
+    return [OutboxRow(*r) for r in rows]
+
+
+def mark_outbox(
+    c: Connection, row_id: str, *, state: str, receipt: str = "", due_at: float | None = None
+) -> None:
+    values: dict[str, Any] = {"state": state, "receipt": receipt, "attempts": outbox.c.attempts + 1}
+    if due_at is not None:
+        values["due_at"] = due_at
+    c.execute(update(outbox).where(outbox.c.id == row_id).values(values))
+
+
+def last_receipt(c: Connection, incident: str, channel: str) -> str:
+    t = outbox.c
+    query = select(t.receipt).where(t.incident == incident, t.channel == channel, t.state == "sent")
+    return c.execute(query.order_by(t.revision.desc()).limit(1)).scalar() or ""

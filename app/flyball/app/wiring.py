@@ -1,0 +1,113 @@
+"""From settings to running parts. Nothing else knows how they fit together."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from flyball.runbooks.loader import RunbookSet, load_runbooks
+from flyball.streams.formats._options import FormatOptions
+from flyball.streams.windows import WindowSettings
+
+from flyball.app.pipeline import Pipeline, PipelineConfig
+from flyball.app.settings import Settings
+from flyball.app.store.store import OutboxRow
+from flyball.core.errors import ConfigError
+from flyball.core.ids import short_id
+from flyball.core.incident import IncidentChange, Severity
+from flyball.core.plugins import Registry
+from flyball.core.ports import Format
+from flyball.incidents.settings import IncidentSettings
+from flyball.remediation.notifiers import NotifySettings
+from flyball.streams import formats as formats_package
+
+DATABASE_FILE: Final = "flyball.sqlite3"
+
+
+def pipeline_config(settings: Settings, *, runbooks: RunbookSet | None = None) -> PipelineConfig:
+    """Raises: ConfigError when a runbook is refused."""
+    return PipelineConfig(
+        windows=WindowSettings(
+            window_s=settings.window_s,
+            lateness_s=settings.lateness_s,
+            max_delay_s=settings.max_delay_s,
+            max_cells=settings.max_cells,
+        ),
+        incidents=IncidentSettings(page_severity=Severity[settings.page_severity.upper()]),
+        false_pages_per_week=settings.false_pages_per_week,
+        cooldown_s=settings.cooldown_s,
+        mode=settings.mode,
+        runbooks=runbooks if runbooks is not None else load_runbooks(settings.runbooks),
+    )
+
+
+def make_pipeline(settings: Settings, timer: Callable[[], float] | None = None) -> Pipeline:
+    return Pipeline(pipeline_config(settings), timer=timer)
+
+
+def make_formats(settings: Settings, hash_key: bytes) -> dict[str, Format]:
+    registry = Registry("formats", formats_package)
+    options = FormatOptions(labels=settings.labels, hash_key=hash_key)
+    return {kind: registry.get(kind)(options) for kind in registry.kinds()}
+
+
+def hash_key(settings: Settings, *, keep: bool = True) -> bytes:
+    """The key of content hashes: from the settings, else from the data folder, where it is made once.
+
+    Without it kept, the hashes of one run would not equal those of the run before, and a loop across a restart were missed.
+    """
+    given = settings.hash_key.get_secret_value()
+    if given:
+        return given.encode()
+    path = settings.data / "hash.key"
+    if path.exists():
+        return path.read_bytes()
+    key = secrets.token_bytes(32)
+    if keep:
+        try:
+            settings.data.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600, exist_ok=True)
+            path.write_bytes(key)
+        except OSError as e:
+            raise ConfigError(
+                f"cannot be written ({e.strerror}); set `data` to a folder that can", where=str(path)
+            ) from e
+    return key
+
+
+def alert_rows(settings: NotifySettings, owner: str) -> Callable[[IncidentChange], list[OutboxRow]]:
+    """Which channels hear of a change; their messages are rendered when they are sent."""
+
+    def rows(change: IncidentChange) -> list[OutboxRow]:
+        i = change.incident
+        if i.silenced_until is not None and i.silenced_until > change.at:
+            return []
+        body = msgspec.json.encode(change)
+        return [
+            OutboxRow(
+                id=short_id("MSG", i.id, i.revision, channel.name, length=14),
+                incident=i.id,
+                revision=i.revision,
+                channel=channel.name,
+                created_at=change.at,
+                due_at=0.0,
+                why=change.reason,
+                body=body,
+            )
+            for channel in settings.channels
+            if channel.wants(change, owner)
+        ]
+
+    return rows
+
+
+def database_path(data: Path) -> Path:
+    return data / DATABASE_FILE
+
+
+def lab_governor(**changes: Any) -> Pipeline:
+    """A pipeline with default settings, for the lab: `flyball.app.wiring:lab_governor`. `changes` are settings."""
+    return Pipeline(pipeline_config(Settings.model_construct(**({"runbooks": []} | changes))))
