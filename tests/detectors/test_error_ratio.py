@@ -174,7 +174,7 @@ def test_after_a_day_the_new_level_is_accepted() -> None:
     traffic, detector = Traffic(), ErrorRatio(Params(accept_after_s=600.0))
     detector.feed(traffic.windows(60, quiet()))
     found = detector.feed(traffic.windows(200, failing(0.3)))
-    assert phases(found) == ["on"] + ["still"] * 60 + ["off"]
+    assert phases(found) == ["on"] + ["still"] * 58 + ["off"]
     assert found[-1].evidence["accepted_as_normal"] == 1
 
 

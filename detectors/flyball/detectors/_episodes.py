@@ -7,10 +7,11 @@ from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
+
 from flyball.core.anomaly import Anomaly, Phase
 from flyball.core.codec import pack_state, unpack_state
 from flyball.core.errors import ConfigError
-from numpy.typing import NDArray
 
 Bools = NDArray[np.bool_]
 K = TypeVar("K", bound=Hashable)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flyball.core.columns import Rollup, Window
 from numpy.typing import NDArray
+
+from flyball.core.columns import Rollup, Window
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
