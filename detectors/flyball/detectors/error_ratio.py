@@ -29,7 +29,8 @@ from flyball.detectors._state import (
 )  # fmt: skip
 
 _VERSION: Final = 1
-_ALTERNATIVES: Final = 3
+_ALTERNATIVES: Final = (0.0, 0.3, 0.6, 0.95)
+"""Ratios that the evidence looks for; each is raised to the least ratio that matters for the series."""
 _SAMPLED: Final = 50
 """Openings per window that get sample ids: finding them walks all samples of the window."""
 
@@ -146,7 +147,7 @@ class _Scope:
         g = len(groups)
         self.table = Table({
             "n": Column(), "pairs": Column(), "k": Column(width=g), "over": Column(width=g),
-            "m": Column(width=g * _ALTERNATIVES), "run_n": Column(width=g), "run_k": Column(width=g),
+            "m": Column(width=g * len(_ALTERNATIVES)), "run_n": Column(width=g), "run_k": Column(width=g),
             "onset": Column("<f8", g), "tenants": Column("<i2", g), "klass": Column("<i1", g), "hot": Column("|b1", g),
         })  # fmt: skip
         self.episodes = [Episodes(params.off_after, params.off_attempts) for _ in groups]
@@ -185,7 +186,7 @@ class ErrorRatio:
     """Too many calls fail, against what is normal for this series: signal `llm.errors`.
 
     Per series and group of classes, k failures among n attempts are compared with the learned ratio p. The evidence is a
-    mixture of three e-CUSUMs, one per alternative ratio (the least that matters, 30 %, 90 %), of binomial log-likelihood ratios at
+    mixture of e-CUSUMs, one per alternative ratio (the least that matters, 30 %, 60 %, 95 %), of binomial log-likelihood ratios at
     the effective sample size n / (1 + (n - 1) * rho), because calls of one window fail together. Blocks of our own and
     calls that the client left (NOT_ATTEMPTS) are in neither k nor n.
 
@@ -275,12 +276,12 @@ class ErrorRatio:
         p, rho = self._normal(scope, g, slots)
         gate = np.minimum(np.maximum(params.effect_times * p, p + params.effect_points), (1 + p) / 2)
 
-        q = np.minimum(np.stack([gate, np.maximum(gate, 0.3), np.maximum(gate, 0.9)], axis=1), 0.98)
+        q = np.minimum(np.maximum(gate[:, None], np.array(_ALTERNATIVES)), 0.98)
         effective = n / (1 + (n - 1) * rho)
         gain = ratio[:, None] * np.log(q / p[:, None]) + (1 - ratio)[:, None] * np.log(
             (1 - q) / (1 - p)[:, None]
         )
-        span = slice(g * _ALTERNATIVES, (g + 1) * _ALTERNATIVES)
+        span = slice(g * len(_ALTERNATIVES), (g + 1) * len(_ALTERNATIVES))
         before = t["m"][slots, span]
         # A blip of ten seconds wakes nobody unless it is an outage: half-failing windows must repeat.
         most_gain = np.where(ratio >= params.one_window_ratio, np.inf, 0.6 * threshold)
@@ -351,7 +352,7 @@ class ErrorRatio:
         ended = slots[np.concatenate([step.off, accepted])]
         if len(ended):
             episodes.close(ended)
-            t["m"][ended, g * _ALTERNATIVES : (g + 1) * _ALTERNATIVES] = 0.0
+            t["m"][ended, g * len(_ALTERNATIVES) : (g + 1) * len(_ALTERNATIVES)] = 0.0
             t["hot"][ended, g] = False
         if len(step.on):
             t["hot"][slots[step.on], g] = True
