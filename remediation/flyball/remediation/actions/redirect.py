@@ -1,0 +1,110 @@
+"""`redirect`: moves a share of the calls to one provider over to another, in steps."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from flyball.core.directives import DirectiveKind
+from flyball.core.plans import DurationS, Frozen, PlanContext, Refusal, Share
+from flyball.remediation.actions._action import PROBE_SHARE, ROOT_REFERENCE, ActionParams, root_scope
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+BEST_HEALTHY = "best_healthy"
+
+
+class Redirect:
+    """Redirects calls of one provider. Never all of them: `PROBE_SHARE` stays, or recovery could not be seen.
+
+    Which calls go is decided by a stable hash at the enforcement point, so that one session does not jump back and forth.
+    """
+
+    kind: ClassVar[str] = "redirect"
+    directive: ClassVar[DirectiveKind] = "redirect"
+    references: ClassVar[frozenset[str]] = frozenset({ROOT_REFERENCE, BEST_HEALTHY})
+
+    class Params(ActionParams):
+        """Written `redirect: {from: $incident.root, to: best_healthy, share: [25%, 100%], for: 1h}`."""
+
+        source: str = Field(
+            ROOT_REFERENCE, alias="from", description="`$incident.root`, or the name of a provider"
+        )
+        to: str = Field(BEST_HEALTHY, description="`best_healthy`, or the name of a provider")
+        share: tuple[Share, ...] = Field(
+            (0.25, 1.0), description="steps of the ramp, rising; each is verified first"
+        )
+        hold: DurationS = Field(3600.0, alias="for", description="how long it may last in all")
+        lease: DurationS = Field(
+            300.0, description="how long it lasts by itself, should Flyball be dead; renewed"
+        )
+
+        @field_validator("share", mode="before")
+        @classmethod
+        def _one_or_many(cls, value: object) -> object:
+            return [value] if isinstance(value, str) else value
+
+        @field_validator("source", "to")
+        @classmethod
+        def _known_reference(cls, value: str) -> str:
+            if not value.strip():
+                raise ValueError("an empty target is refused, never read as all")
+            if value.startswith("$") and value != ROOT_REFERENCE:
+                raise ValueError(
+                    f"unknown reference {value}; write {ROOT_REFERENCE} or the name of a provider"
+                )
+            return value
+
+        @model_validator(mode="after")
+        def _in_order(self) -> Redirect.Params:
+            if not 1 <= len(self.share) <= 10:
+                raise ValueError("share takes one to ten steps")
+            if list(self.share) != sorted(set(self.share)):
+                raise ValueError("share must rise from step to step")
+            if self.to == self.source:
+                raise ValueError("from and to are the same")
+            if not 30.0 <= self.lease <= self.hold:
+                raise ValueError("lease must be at least 30s and at most as long as `for`")
+            return self
+
+    @classmethod
+    def freeze(cls, params: BaseModel, context: PlanContext) -> Frozen | Refusal:
+        """Resolves who is left and who takes over.
+
+        Returns: Refusal `no_target` when the root is no provider or has no traffic, `no_candidate` when nobody healthy can take over.
+        """
+        if not isinstance(params, cls.Params):
+            return Refusal("bad_params", f"{type(params).__name__} is not a redirect's", {})
+        scope = (
+            root_scope(context.incident) if params.source == ROOT_REFERENCE else {"provider": params.source}
+        )
+        if "provider" not in scope:
+            root = context.incident.root
+            return Refusal(
+                "no_target", f"redirect leaves a provider; the root is {root}", {"root": str(root)}
+            )
+        source = scope["provider"]
+        if source not in context.estate.values("provider", {}, 300.0):
+            return Refusal(
+                "no_target", f"no traffic of provider {source} in the last 5 min", {"from": source}
+            )
+        candidates = context.best_healthy(scope)
+        if params.to != BEST_HEALTHY:
+            candidates = [c for c in candidates if c.scope.get("provider") == params.to]
+        if not candidates:
+            wanted = "no other provider" if params.to == BEST_HEALTHY else f"provider {params.to} is not"
+            return Refusal("no_candidate", f"{wanted} seen healthy with enough calls", {"from": source})
+        target = candidates[0].scope
+        shares: list[float] = []
+        for share in params.share:
+            kept = round(min(share, 1.0 - PROBE_SHARE), 6)
+            if kept not in shares:
+                shares.append(kept)
+        return Frozen(
+            scope=scope,
+            stages=tuple({"to": dict(target), "share": share} for share in shares),
+            source=scope,
+            target=dict(target),
+            hold_s=params.hold,
+            lease_s=params.lease,
+            locks=(f"provider:{source}", f"provider:{target['provider']}"),
+            max_share=shares[-1],
+        )

@@ -1,0 +1,417 @@
+"""Loads runbooks: YAML to nodes, nodes to models, conditions compiled, actions' parameters checked. All or nothing.
+
+Codes:
+    RB001 not YAML        RB002 duplicate key      RB003 anchor, tag, second document   RB004 too deep
+    RB005 key is no text  RB006 ambiguous word     RB101 unknown field                  RB102 missing field
+    RB103 condition cannot be read                 RB104 unknown name in a condition    RB105 types do not fit
+    RB106 condition is not true or false           RB107 value that never occurs        RB108 wrong value
+    RB109 unknown action  RB110 expectation        RB111 name taken                     RB112 not exactly one action
+    RB113 unknown reference                        RB114 template where none is rendered
+    RB115 can never run   RB120 cannot be read from disk
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ValidationError
+
+from flyball.core.errors import ConfigError, did_you_mean
+from flyball.core.plans import MODES, Action, Actions, Mode, Verify
+from flyball.runbooks.conditions import Condition, ConditionError, compile_condition, compile_expectation
+from flyball.runbooks.schema import (
+    Blast,
+    Limits,
+    Precondition,
+    Rehearsal,
+    RunbookModel,
+    StepModel,
+    VerifyModel,
+)
+from flyball.runbooks.yaml_nodes import Document, parse
+
+Location = tuple[int | str, ...]
+_STEP_FIELDS: Final = frozenset(StepModel.model_fields)
+_TEMPLATE_MARKS: Final = ("{{", "{%", "${", "$(")
+
+
+class RunbookErrors(ConfigError):
+    """Everything that is wrong with a set of runbooks; `errors` holds them one by one, in the order of the files."""
+
+    def __init__(self, errors: Sequence[ConfigError]) -> None:
+        self.errors = tuple(errors)
+        super().__init__("\n".join(str(e) for e in errors))
+
+
+@dataclass(frozen=True, slots=True)
+class RunbookStep:
+    id: str
+    action: str
+    implementation: type[Action]
+    params: BaseModel
+    verify: Verify
+    timeout_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Runbook:
+    """A runbook that is right: compiled and checked."""
+
+    model: RunbookModel
+    mode: Mode
+    condition: Condition
+    preconditions: tuple[tuple[str, Condition], ...]
+    steps: tuple[RunbookStep, ...]
+    path: str
+    text: str
+    source: Literal["packaged", "directory"] = "directory"
+
+    @property
+    def name(self) -> str:
+        return self.model.name
+
+
+@dataclass(frozen=True, slots=True)
+class RunbookSet:
+    """Runbooks by name. Immutable: a reload makes a new set, or leaves the old one in place."""
+
+    runbooks: tuple[Runbook, ...] = ()
+    by_name: Mapping[str, Runbook] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        ordered = tuple(sorted(self.runbooks, key=lambda r: r.name))
+        object.__setattr__(self, "runbooks", ordered)
+        object.__setattr__(self, "by_name", {r.name: r for r in ordered})
+
+    def __iter__(self) -> Iterator[Runbook]:
+        return iter(self.runbooks)
+
+    def __len__(self) -> int:
+        return len(self.runbooks)
+
+
+def check_runbook(
+    text: str | bytes, path: str, actions: Actions, source: Literal["packaged", "directory"] = "directory"
+) -> tuple[Runbook | None, list[ConfigError]]:
+    """One runbook and everything that is wrong with it; the runbook is None when anything is."""
+    try:
+        document = parse(text, path)
+    except ConfigError as e:
+        return None, [e]
+    return _Check(document, actions, source).run()
+
+
+class _Check:
+    """The way of one document to a Runbook, collecting errors as it goes."""
+
+    def __init__(
+        self, document: Document, actions: Actions, source: Literal["packaged", "directory"]
+    ) -> None:
+        self._doc = document
+        self._actions = actions
+        self._source = source
+        self._errors: list[ConfigError] = []
+        self._params: dict[str, Any] = {}
+
+    def run(self) -> tuple[Runbook | None, list[ConfigError]]:
+        root = self._doc.root
+        if not isinstance(root.value, dict):
+            self._say("RB108", "a runbook is a mapping; it begins with `runbook: v1`", ())
+            return None, self._errors
+        raw = root.plain()
+        calls = self._split_steps(raw)
+        model = self._validate(RunbookModel, raw, ())
+        if not isinstance(model, RunbookModel):
+            return None, self._errors
+        self._params = model.params
+        for name in model.params:
+            if not name.isidentifier():
+                self._say(
+                    "RB108",
+                    f"param {name!r} is no name; use letters, digits and _",
+                    ("params", name),
+                    key=True,
+                )
+        condition = self._condition(model.when, ("when",))
+        checks = [
+            (p.id, self._condition(p.check, ("preconditions", i, "check")))
+            for i, p in enumerate(model.preconditions)
+        ]
+        steps = [
+            self._step(i, step, *call) for i, (step, call) in enumerate(zip(model.steps, calls, strict=True))
+        ]
+        self._cross_check(model, steps)
+        if self._errors or condition is None:
+            return None, self._errors
+        return (
+            Runbook(
+                model=model,
+                mode=model.mode,
+                condition=condition,
+                preconditions=tuple((name, c) for name, c in checks if c is not None),
+                steps=tuple(s for s in steps if s is not None),
+                path=self._doc.path,
+                text=self._doc.text,
+                source=self._source,
+            ),
+            [],
+        )
+
+    def _say(self, code: str, what: str, location: Location, *, key: bool = False) -> None:
+        self._errors.append(self._doc.error(code, what, *self._doc.place(location, key=key)))
+
+    # --- steps ----------------------------------------------------------------------------------------------------
+
+    def _split_steps(self, raw: dict[str, Any]) -> list[tuple[str, Any]]:
+        """Takes each step's action out of it, because which key it is depends on the actions there are."""
+        calls: list[tuple[str, Any]] = []
+        steps = raw.get("steps")
+        if not isinstance(steps, list):
+            return calls
+        for i, step in enumerate(steps):
+            if not isinstance(step, dict):
+                calls.append(("", None))
+                continue
+            names = [name for name in step if name not in _STEP_FIELDS]
+            known = [name for name in names if name in self._actions.kinds()]
+            for name in names:
+                if name not in known:
+                    hint = did_you_mean(name, [*self._actions.kinds(), *_STEP_FIELDS])
+                    self._say(
+                        "RB109", f"unknown action or field {name!r}{hint}", ("steps", i, name), key=True
+                    )
+            if not names:
+                hint = ", ".join(self._actions.kinds())
+                self._say("RB112", f"a step needs one action; write one of {hint}", ("steps", i))
+            elif len(known) > 1:
+                self._say(
+                    "RB112", f"a step has one action, not {' and '.join(known)}; make two steps", ("steps", i)
+                )
+            calls.append((known[0], step[known[0]]) if len(known) == 1 else ("", None))
+            for name in names:
+                del step[name]
+        return calls
+
+    def _step(self, i: int, step: StepModel, kind: str, written: Any) -> RunbookStep | None:
+        try:
+            expect = compile_expectation(step.verify.expect)
+        except ConditionError as e:
+            self._condition_error(e, ("steps", i, "verify", "expect"))
+            expect = ()
+        if not kind:
+            return None
+        action: type[Action] = self._actions.get(kind)
+        location: Location = ("steps", i, kind)
+        resolved = self._resolve(written if written is not None else {}, location)
+        params = self._validate(action.Params, resolved, location)
+        if params is None:
+            return None
+        verify = Verify(
+            within_s=step.verify.within,
+            expect=expect,
+            against=step.verify.against,
+            min_calls=step.verify.min_calls,
+        )
+        return RunbookStep(step.id or f"{kind}_{i + 1}", kind, action, params, verify, step.timeout)
+
+    def _resolve(self, value: Any, location: Location) -> Any:
+        """Puts the runbook's own params in place of `$params.x`; text with template marks is refused."""
+        if isinstance(value, dict):
+            return {k: self._resolve(v, (*location, k)) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self._resolve(v, (*location, i)) for i, v in enumerate(value)]
+        if not isinstance(value, str):
+            return value
+        if value.startswith("$params."):
+            name = value.removeprefix("$params.")
+            if name not in self._params:
+                self._say("RB113", f"unknown reference {value!r}{did_you_mean(name, self._params)}", location)
+                return value
+            return self._params[name]
+        if any(mark in value for mark in _TEMPLATE_MARKS):
+            self._say(
+                "RB114",
+                f"{value[:40]!r} is a template; parameters take values, $incident.root or $params.…",
+                location,
+            )
+        return value
+
+    # --- conditions -----------------------------------------------------------------------------------------------
+
+    def _condition(self, source: str, location: Location) -> Condition | None:
+        mark = next((m for m in ("{{", "{%") if m in source), None)
+        if mark:
+            node = self._doc.node(*location)
+            place = self._doc.inside(node, source.index(mark)) if node else self._doc.place(location)
+            what = "a template in a condition; name the value itself, for example incident.root.name"
+            self._errors.append(self._doc.error("RB114", what, *place))
+            return None
+        try:
+            return compile_condition(source, self._params)
+        except ConditionError as e:
+            self._condition_error(e, location)
+            return None
+
+    def _condition_error(self, error: ConditionError, location: Location) -> None:
+        node = self._doc.node(*location)
+        place = self._doc.inside(node, error.offset) if node is not None else self._doc.place(location)
+        self._errors.append(self._doc.error(error.code, error.what, *place))
+
+    # --- models ---------------------------------------------------------------------------------------------------
+
+    def _validate(self, model: type[BaseModel], raw: Any, base: Location) -> BaseModel | None:
+        try:
+            return model.model_validate(raw)
+        except ValidationError as e:
+            seen: set[tuple[str, Location]] = set()
+            for detail in e.errors(include_url=False, include_context=False):
+                self._model_error(model, base, detail["loc"], detail["type"], detail["msg"], seen)
+            return None
+
+    def _model_error(
+        self, model: type[BaseModel], base: Location, loc: Location, kind: str, message: str, seen: set[tuple[str, Location]]
+    ) -> None:  # fmt: skip
+        location = (*base, *loc)
+        name = str(loc[-1]) if loc else ""
+        if kind == "extra_forbidden":
+            known = _fields_at(model, loc[:-1])
+            hint = did_you_mean(name, known)
+            if any(c in name for c in "()="):
+                hint = "; quote text that contains a comma"
+            self._say("RB101", f"unknown field {name!r}{hint}", location, key=True)
+        elif kind == "missing":
+            self._say("RB102", f"{name!r} is missing", location[:-1])
+        else:
+            place = self._doc.place(location)
+            if (str(place), location[:1]) in seen:  # each member of a union reports its own
+                return
+            seen.add((str(place), location[:1]))
+            said = message.removeprefix("Value error, ")
+            label = ".".join(str(p) for p in location if isinstance(p, str)) or "runbook"
+            self._errors.append(self._doc.error("RB108", f"{label}: {said[:1].lower()}{said[1:]}", *place))
+
+    def _cross_check(self, model: RunbookModel, steps: Sequence[RunbookStep | None]) -> None:
+        if model.hold >= model.max_age:
+            self._say(
+                "RB115",
+                "hold is not shorter than max_age: what has held long enough is always stale",
+                ("hold",),
+            )
+        ids: dict[str, int] = {}
+        for i, step in enumerate(steps):
+            if step is None:
+                continue
+            if step.id in ids:
+                self._say("RB111", f"two steps are called {step.id!r}; rename one", ("steps", i, "id"))
+            ids[step.id] = i
+            lasts = getattr(step.params, "hold", None)
+            if isinstance(lasts, float) and lasts <= step.verify.within_s:
+                self._say(
+                    "RB115",
+                    "the effect ends before it can be verified; make `for` longer than verify.within",
+                    ("steps", i, step.action, "for"),
+                )
+
+
+def _fields_at(model: type[BaseModel], loc: Location) -> list[str]:
+    """Names that are allowed where an unknown one was found."""
+    words = tuple(p for p in loc if isinstance(p, str))
+    known: type[BaseModel] = model
+    if model is RunbookModel:
+        models: dict[Location, type[BaseModel]] = {
+            (): RunbookModel, ("limits",): Limits, ("limits", "blast"): Blast, ("preconditions",): Precondition,
+            ("steps",): StepModel, ("steps", "verify"): VerifyModel, ("tests",): Rehearsal,
+        }  # fmt: skip
+        known = models.get(words, RunbookModel)
+    return [f.alias or name for name, f in known.model_fields.items()]
+
+
+def load_texts(
+    texts: Mapping[str, str | bytes],
+    *,
+    actions: Actions,
+    source: Literal["packaged", "directory"] = "directory",
+) -> RunbookSet:
+    """Runbooks from texts by path; the pure half of `load_runbooks`.
+
+    Raises: RunbookErrors with everything that is wrong in any of them.
+    """
+    found: dict[str, Runbook] = {}
+    errors: list[ConfigError] = []
+    for path, text in texts.items():
+        runbook, wrong = check_runbook(text, path, actions, source)
+        errors += wrong
+        if runbook is None:
+            continue
+        if runbook.name in found:
+            what = f"{runbook.name!r} is taken by {found[runbook.name].path}; rename one"
+            errors.append(ConfigError(what, where=f"{path}:1:1", code="RB111"))
+            continue
+        found[runbook.name] = runbook
+    if errors:
+        raise RunbookErrors(errors)
+    return RunbookSet(tuple(found.values()))
+
+
+def library(*, actions: Actions) -> RunbookSet:
+    """The runbooks that are shipped; each defaults to `suggest`."""
+    folder = importlib.resources.files("flyball.runbooks") / "library"
+    texts = {f"library/{f.name}": f.read_text("utf-8") for f in folder.iterdir() if f.name.endswith(".yaml")}
+    return load_texts(dict(sorted(texts.items())), actions=actions, source="packaged")
+
+
+def load_runbooks(
+    paths: Sequence[str | Path] = (),
+    *,
+    actions: Actions,
+    mode_override: Mapping[str, Mode] | None = None,
+    packaged: bool = True,
+) -> RunbookSet:
+    """Runbooks of files and folders (`*.yaml`, `*.yml`), over those that are shipped: an equal name replaces the shipped one.
+
+    Args:
+        actions: what steps may do; `flyball.remediation.actions.registry()`.
+        mode_override: mode by name, for demos, labs and tests; the environment's ceiling still holds.
+
+    Raises: RunbookErrors with everything that is wrong; then nothing is loaded.
+    """
+    texts: dict[str, str | bytes] = {}
+    errors: list[ConfigError] = []
+    for path in map(Path, paths):
+        try:
+            files = _files(path)
+            texts.update({str(f): f.read_bytes() for f in files})
+        except OSError as e:
+            errors.append(ConfigError(f"cannot be read: {e.strerror}", where=str(path), code="RB120"))
+    try:
+        own = load_texts(texts, actions=actions)
+    except RunbookErrors as e:
+        errors += e.errors
+    if errors:
+        raise RunbookErrors(errors)
+    merged = {r.name: r for r in library(actions=actions)} if packaged else {}
+    merged.update(own.by_name)
+    for name, mode in (mode_override or {}).items():
+        if name not in merged:
+            raise ConfigError(
+                f"no runbook is called {name!r}{did_you_mean(name, merged)}", where="mode_override"
+            )
+        if mode not in MODES:
+            raise ConfigError(f"unknown mode {mode!r}{did_you_mean(mode, MODES)}", where="mode_override")
+        merged[name] = replace(merged[name], mode=mode)
+    return RunbookSet(tuple(merged.values()))
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(f for f in path.iterdir() if f.suffix in (".yaml", ".yml") and f.is_file())
+    return [path]
+
+
+__all__ = [
+    "Runbook", "RunbookErrors", "RunbookSet", "RunbookStep", "check_runbook", "library", "load_runbooks", "load_texts",
+]  # fmt: skip
