@@ -1,0 +1,287 @@
+"""Runs of agents: model calls and tools in turn, with prompts that grow, and the habits that only look like loops.
+
+A good coding run calls 35 times (median), its prompt grows about 13-fold from first to last call, and two in three
+repeat one action three times or more: the tests, run again after edits, with other results. A researcher pages through
+results (arguments move on) and polls an export with growing gaps (arguments and result stay, the gaps grow). A run
+that loops does none of this: the same call, the same result, at a steady pace, and it does not end.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from flyball.core.events import AgentStep
+from flyball.lab._draws import generator, mix_int, uniform_int
+from flyball.lab.estate import Agent, Estate
+from flyball.lab.faults import AgentLoop
+
+MEAN_CALLS: Final[dict[str, float]] = {"coder": 39.0, "researcher": 15.0, "support": 9.0}
+SPAWN_BLOCK_S: Final = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One model call and the step after it. `grow` is what the turn adds to the next prompt; `kind` empty: no step."""
+
+    output: int
+    grow: int
+    think_s: float
+    kind: str = "tool"
+    tool: str = ""
+    args: int = 0
+    result: int = 0
+    result_bytes: int = 0
+    latency_s: float = 0.5
+    error: str = ""
+
+
+@dataclass(slots=True)
+class Run:
+    """One run as it stands."""
+
+    number: int
+    name: str
+    agent: int
+    app: int
+    tenant: int
+    turns: Iterator[Turn]
+    prompt_tokens: int
+    current: Turn
+    calls: int = 0
+    steps: int = 0
+    failures: int = 0
+    loop: AgentLoop | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A model call that a run wants to make."""
+
+    start: float
+    run: int
+    uid: int
+    agent: int
+    app: int
+    tenant: int
+    input: int
+    prefix: int
+    output: int
+    tools: bool
+
+
+def _skewed(rng: np.random.Generator, median: float, sigma: float) -> float:
+    return float(median * math.exp(sigma * rng.standard_normal()))
+
+
+def coder_turns(rng: np.random.Generator) -> Iterator[Turn]:
+    """Explore, edit, run the tests again, until they pass."""
+    n = int(np.clip(_skewed(rng, 35, 0.45), 16, 150))
+    reruns = int(np.clip(round(_skewed(rng, 3.15, 0.6)), 2, n // 3))
+    explore = max(3, int(n * 0.35))
+    test_turns = set(np.linspace(explore + 1, n - 2, reruns).astype(int).tolist())
+    tests = int(rng.integers(1, 1 << 60))
+    for i in range(n):
+        output = max(8, int(_skewed(rng, 88, 1.2)))
+        grow = int(np.clip(_skewed(rng, 314, 1.05), 40, 15_000))
+        think = _skewed(rng, 0.4, 0.5)
+        size = max(20, grow * 3)
+        if i in test_turns:
+            failing = i < max(test_turns)
+            yield Turn(output, grow, think, tool="bash.test", args=tests, result=int(rng.integers(1 << 62)),
+                       result_bytes=size, latency_s=_skewed(rng, 6, 0.7), error="exit_1" if failing else "")  # fmt: skip
+            if failing and rng.random() < 0.05:  # a flaky test, run twice in a row
+                yield Turn(12, 180, 0.3, tool="bash.test", args=tests, result=int(rng.integers(1 << 62)),
+                           result_bytes=500, latency_s=5.0, error="exit_1")  # fmt: skip
+            continue
+        tool = ("bash.grep", "bash.cat", "bash.ls")[int(rng.integers(3))] if i < explore else "edit"
+        if rng.random() < 0.2:
+            tool = "bash.cat"
+        error = "exit_1" if rng.random() < 0.09 else ""
+        yield Turn(output, grow, think, tool=tool, args=int(rng.integers(1 << 62)), result=int(rng.integers(1 << 62)),
+                   result_bytes=size, latency_s=_skewed(rng, 0.6, 0.9), error=error)  # fmt: skip
+
+
+def researcher_turns(rng: np.random.Generator) -> Iterator[Turn]:
+    """Search, page through the results, poll an export, read, write it up."""
+    query = int(rng.integers(1 << 60))
+    for _ in range(int(rng.integers(1, 4))):
+        yield Turn(60, int(_skewed(rng, 900, 0.6)), 0.3, tool="web.search", args=int(rng.integers(1 << 62)),
+                   result=int(rng.integers(1 << 62)), result_bytes=4000, latency_s=_skewed(rng, 0.8, 0.4))  # fmt: skip
+    pages = int(np.clip(_skewed(rng, 6, 0.8), 2, 40))
+    for page in range(pages):
+        yield Turn(35, int(_skewed(rng, 1300, 0.4)), 0.2, tool="records.list", args=mix_int(query + page) >> 2,
+                   result=int(rng.integers(1 << 62)), result_bytes=6000, latency_s=_skewed(rng, 0.5, 0.4))  # fmt: skip
+    if rng.random() < 0.4:
+        job, pending, gap = int(rng.integers(1 << 62)), int(rng.integers(1 << 62)), 2.0
+        for _ in range(int(rng.integers(2, 8))):
+            yield Turn(
+                14, 60, gap, tool="export.status", args=job, result=pending, result_bytes=40, latency_s=0.1
+            )
+            gap = min(gap * 2.0, 60.0)
+        yield Turn(14, 90, 0.3, tool="export.status", args=job, result=int(rng.integers(1 << 62)), result_bytes=90,
+                   latency_s=0.1)  # fmt: skip
+    for _ in range(int(rng.integers(1, 5))):
+        yield Turn(150, int(_skewed(rng, 1500, 0.7)), 0.5, tool="web.read", args=int(rng.integers(1 << 62)),
+                   result=int(rng.integers(1 << 62)), result_bytes=9000, latency_s=_skewed(rng, 1.2, 0.6))  # fmt: skip
+    yield Turn(int(_skewed(rng, 900, 0.4)), 0, 0.0, kind="")
+
+
+def support_turns(rng: np.random.Generator) -> Iterator[Turn]:
+    """A customer and tools in turn."""
+    for i in range(int(np.clip(_skewed(rng, 8, 0.5), 3, 30))):
+        if i % 3 == 0:
+            yield Turn(int(_skewed(rng, 70, 0.5)), int(_skewed(rng, 120, 0.6)), 0.0, kind="user",
+                       args=int(rng.integers(1 << 62)), latency_s=_skewed(rng, 20, 0.7))  # fmt: skip
+        else:
+            tool = ("orders.get", "user.get", "flights.search", "booking.change")[int(rng.integers(4))]
+            error = "not_found" if rng.random() < 0.07 else ""
+            yield Turn(45, int(_skewed(rng, 350, 0.8)), 0.2, tool=tool, args=int(rng.integers(1 << 62)),
+                       result=int(rng.integers(1 << 62)), result_bytes=1200, latency_s=_skewed(rng, 0.4, 0.5),
+                       error=error)  # fmt: skip
+    yield Turn(90, 0, 0.0, kind="")
+
+
+def looping_turns(rng: np.random.Generator, pattern: str) -> Iterator[Turn]:
+    """A few good turns, then round and round without end."""
+    for _ in range(3):
+        yield Turn(60, 500, 0.3, tool="web.search", args=int(rng.integers(1 << 62)), result=int(rng.integers(1 << 62)),
+                   result_bytes=3000, latency_s=0.6)  # fmt: skip
+    period = 1 if pattern == "repeat" else 2
+    stuck = [(int(rng.integers(1 << 62)), int(rng.integers(1 << 62))) for _ in range(period)]
+    tools = ("orders.search", "records.list")
+    i = 0
+    while True:
+        args, result = stuck[i % period]
+        yield Turn(
+            40, 130, 0.2, tool=tools[i % period], args=args, result=result, result_bytes=60, latency_s=0.4
+        )
+        i += 1
+
+
+STYLES: Final = {"coder": coder_turns, "researcher": researcher_turns, "support": support_turns}
+
+
+class Agents:
+    """All runs of the estate. The simulator asks for the calls that are due and tells what became of them."""
+
+    def __init__(self, estate: Estate, seed: int, start_at: float, rate: float) -> None:
+        self.estate, self.seed = estate, seed
+        self.names: list[str] = []
+        self._live: dict[int, Run] = {}
+        self._due: list[tuple[float, int]] = []
+        self._spawned_to = start_at
+        self._start_at = start_at
+        mean = sum(a.share * MEAN_CALLS[a.style] for a in estate.agents)
+        self._runs_per_s = rate / mean if estate.agents else 0.0
+        self._salt = mix_int(seed ^ 0xA6E)
+
+    @property
+    def live(self) -> int:
+        return len(self._live)
+
+    def spawn(self, until: float) -> None:
+        """Starts the runs that begin before the block of `until` ends."""
+        first = int(self._spawned_to // SPAWN_BLOCK_S)
+        while first * SPAWN_BLOCK_S <= until:
+            rng = generator(self.seed, 6, first)
+            shares = np.array([a.share for a in self.estate.agents])
+            n = int(rng.poisson(self._runs_per_s * SPAWN_BLOCK_S))
+            starts = np.sort(first * SPAWN_BLOCK_S + SPAWN_BLOCK_S * rng.random(n))
+            agents = rng.choice(len(shares), size=n, p=shares / shares.sum())
+            tenants = rng.choice(self.estate.n_tenants, size=n, p=self.estate.tenant_weights)
+            for i, (start, agent, tenant) in enumerate(zip(starts, agents, tenants, strict=True)):
+                if start >= self._start_at:
+                    key = first * 4096 + i
+                    self._begin(float(start), int(agent), int(tenant), key, None)
+            first += 1
+        self._spawned_to = max(self._spawned_to, first * SPAWN_BLOCK_S)
+
+    def begin_loop(self, fault: AgentLoop, start: float, number: int) -> str:
+        """Starts the run that loops; returns its name."""
+        agent = self.estate.agent_index[fault.agent]
+        tenant = int(uniform_int(self._salt + number, 9) * 20)
+        return self._begin(start, agent, tenant, (1 << 50) + number, fault)
+
+    def _begin(self, start: float, agent: int, tenant: int, key: int, loop: AgentLoop | None) -> str:
+        described: Agent = self.estate.agents[agent]
+        rng = generator(self.seed, 7, key & 0xFFFFFFFF, key >> 32)
+        turns = STYLES[described.style](rng) if loop is None else looping_turns(rng, loop.pattern)
+        app = self.estate.app_index[described.app]
+        spec = self.estate.apps[app]
+        number = len(self.names)
+        name = f"{described.name}-{mix_int(key ^ self._salt):016x}"
+        prompt = int(_skewed(rng, spec.input_median_tokens, spec.input_sigma))
+        self.names.append(name)
+        self._live[number] = Run(number, name, agent, app, tenant, turns, prompt, next(turns), loop=loop)
+        heapq.heappush(self._due, (start, number))
+        return name
+
+    def due(self, until: float) -> list[Wanted]:
+        """The model calls that runs want to start at or before `until`, in order."""
+        wanted = []
+        while self._due and self._due[0][0] <= until:
+            start, number = heapq.heappop(self._due)
+            run = self._live[number]
+            if run.loop is not None and start >= run.loop.end:
+                del self._live[number]
+                continue
+            prefix = run.prompt_tokens - run.current.grow if run.calls else run.prompt_tokens // 2
+            uid = mix_int(mix_int(int(run.name[-16:], 16)) + run.calls + 7919 * run.failures)
+            wanted.append(Wanted(start, number, uid, run.agent, run.app, run.tenant, run.prompt_tokens,
+                                 max(prefix, 0), run.current.output, run.current.kind == "tool"))  # fmt: skip
+        return wanted
+
+    def unit(self, number: int) -> int:
+        """What a directive's share is drawn on: one value for the whole run."""
+        return int(self.names[number][-16:], 16)
+
+    def set_loop(self, number_name: str, fault: AgentLoop) -> None:
+        """Gives a looping run its fault's new end."""
+        for run in self._live.values():
+            if run.name == number_name:
+                run.loop = fault
+
+    def completed(self, number: int, end: float, ok: bool, blocked: bool) -> AgentStep | None:
+        """A run's call is over: the step that follows it, if any; the next call is queued."""
+        run = self._live.get(number)
+        if run is None:
+            return None
+        if not ok:
+            run.failures += 1
+            if blocked or run.failures > 3:
+                del self._live[number]
+            else:
+                heapq.heappush(self._due, (end + 4.0 * 2.0**run.failures, number))
+            return None
+        turn, run.calls = run.current, run.calls + 1
+        step_end = end + turn.latency_s
+        step = self._step(run, turn, step_end) if turn.kind else None
+        following = next(run.turns, None)
+        if following is None:
+            del self._live[number]
+        else:
+            run.prompt_tokens += turn.grow
+            run.current = following
+            heapq.heappush(self._due, (step_end + turn.think_s, number))
+        return step
+
+    def loop_of(self, number: int) -> AgentLoop | None:
+        run = self._live.get(number)
+        return run.loop if run is not None else None
+
+    def _step(self, run: Run, turn: Turn, at: float) -> AgentStep:
+        run.steps += 1
+        app = self.estate.apps[run.app]
+        return AgentStep(
+            at=at, run=run.name, app=app.name, agent=self.estate.agents[run.agent].name, team=app.team,
+            tenant=self.estate.tenants[run.tenant], kind=turn.kind, tool=turn.tool, step=run.steps,
+            args_hash=f"{turn.args:016x}", result_hash=f"{turn.result:016x}" if turn.kind == "tool" else "",
+            result_bytes=turn.result_bytes, error=turn.error, latency_s=round(turn.latency_s, 4),
+            id=f"{run.name}-{run.steps}", trace=run.name, scope="lab.sdk",
+        )  # fmt: skip

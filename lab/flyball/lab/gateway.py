@@ -1,0 +1,368 @@
+"""The simulated gateway and the providers behind it: where a call goes, what comes back, and how directives change that.
+
+Every draw is a function of the call's own number, so that the same call meets the same fate however it is stepped
+through. Directives are leases: one applies to a call that starts within [granted_at, expires_at), also when nobody
+has taken it back, so the gateway lets go by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+
+from flyball.core.directives import Directive, Enforced
+from flyball.core.errorclass import CLASS_INDEX, CLASSES
+from flyball.lab._draws import Floats, Ints, Mask, Records, Words, mix, mix_int, normals, uniforms
+from flyball.lab.estate import Estate
+
+_ATTEMPT: Final = np.uint64(0xD1342543DE82EF95)
+
+CODES: Final[tuple[str, ...]] = (
+    "", "400", "401", "402", "404", "408", "429", "499", "500", "502", "503", "504", "529",
+    "insufficient_quota", "content_filter", "context_length_exceeded", "connection_error", "stream_error",
+    "403_blocked", "429_limited",
+)  # fmt: skip
+CODE_INDEX: Final[dict[str, int]] = {c: i for i, c in enumerate(CODES)}
+
+CODE_OF: Final[dict[str, str]] = {
+    "rate_limited": "429", "quota_exhausted": "insufficient_quota", "overloaded": "503", "server_error": "500",
+    "connection": "connection_error", "timeout": "408", "auth": "401", "not_found": "404",
+    "context_too_long": "context_length_exceeded", "content_filter": "content_filter", "bad_request": "400",
+    "stream_interrupted": "stream_error", "cancelled": "499",
+}  # fmt: skip
+
+PROVIDER_FLOOR: Final[dict[str, float]] = {
+    "rate_limited": 0.003, "overloaded": 0.0009, "server_error": 0.0008, "connection": 0.0003, "timeout": 0.0004,
+    "stream_interrupted": 0.0002,
+}  # fmt: skip
+CALLER_FLOOR: Final[dict[str, float]] = {"bad_request": 0.003, "content_filter": 0.002, "cancelled": 0.002}
+FLOOR_CLASSES: Final = tuple(PROVIDER_FLOOR) + tuple(CALLER_FLOOR)
+
+RETRIABLE: Final[tuple[str, ...]] = ("rate_limited", "overloaded", "server_error", "connection", "timeout")
+_RETRIABLE: Final[Mask] = np.isin(np.array(CLASSES), RETRIABLE)
+_FLOOR_INDEX: Final[Ints] = np.array([CLASS_INDEX[c] for c in FLOOR_CLASSES])
+_CODE_OF_CLASS: Final[Ints] = np.array([CODE_INDEX[CODE_OF.get(c, "")] for c in CLASSES])
+_FAST_S: Final[Floats] = np.array(
+    [{"rate_limited": 0.15, "quota_exhausted": 0.12, "overloaded": 0.4, "server_error": 1.5, "connection": 2.0,
+      "auth": 0.08, "not_found": 0.08, "context_too_long": 0.2, "content_filter": 0.3, "bad_request": 0.1,
+      "gateway_local": 0.002}.get(c, 0.0) for c in CLASSES]
+)  # fmt: skip
+"""How long a refusal takes; 0 for the classes that take a part of the normal time."""
+_LOCAL, _TIMEOUT = CLASS_INDEX["gateway_local"], CLASS_INDEX["timeout"]
+_TOO_LONG, _OVERLOADED = CLASS_INDEX["context_too_long"], CLASS_INDEX["overloaded"]
+_PARTIAL: Final[Ints] = np.array([CLASS_INDEX["stream_interrupted"], CLASS_INDEX["cancelled"]])
+_FILTERED: Final = CLASS_INDEX["content_filter"]
+
+
+@dataclass(slots=True)
+class Answers:
+    """What became of n attempts, as columns; faults may write to it before it is finished.
+
+    `error` indexes CLASSES, `code` CODES. `slower` multiplies the time of a success. `input`, `output`, `cached`: tokens.
+    """
+
+    calls: Records
+    u: Floats
+    error: Ints
+    code: Ints
+    slower: Floats
+    latency_s: Floats
+    ttft_s: Floats
+    output: Ints
+    cached: Ints
+    cost_usd: Floats
+    region: Ints
+    deployment: Ints
+    cold: Floats
+    max_retries: Ints
+    backoff_s: Floats
+
+    def fail(self, mask: Mask, classes: Ints, codes: Ints | None = None) -> None:
+        """Fails the attempts of `mask` with `classes` (int64[n]); an attempt that the gateway blocked stays blocked."""
+        mask = mask & (self.error != _LOCAL)
+        self.error[mask] = classes[mask]
+        self.code[mask] = (_CODE_OF_CLASS[classes] if codes is None else codes)[mask]
+
+
+class AnswerFault(Protocol):
+    """The part of a fault that the gateway sees."""
+
+    def on_answers(self, estate: Estate, answers: Answers) -> Mask | None:
+        """Writes to `answers`; returns which attempts show the fault, or None."""
+        ...
+
+
+class Names(Protocol):
+    """Interned names of prompt versions and runs, which come up while the simulation goes."""
+
+    prompts: list[str]
+    runs: list[str]
+
+
+class Gateway:
+    """Routes attempts, obeys directives, answers for the providers. One per simulation."""
+
+    def __init__(self, estate: Estate, seed: int, names: Names) -> None:
+        self.estate, self.names = estate, names
+        self._word = np.uint64(mix_int(seed ^ 0x6A7E))
+        self._directives: tuple[Directive, ...] = ()
+        self._used: dict[tuple[str, int], float] = {}
+        self.applied: dict[str, int] = {}
+        self._set_constants()
+
+    def _set_constants(self) -> None:
+        e = self.estate
+        self._ttft = np.array([p.ttft_s for p in e.providers])
+        self._per_token = np.array([p.seconds_per_token for p in e.providers])
+        self._floor = np.array([p.floor for p in e.providers])
+        self._overloaded = np.array([CODE_INDEX[p.overloaded_code] for p in e.providers])
+        self._n_regions = np.array([len(p.regions) for p in e.providers])
+        self._n_deployments = np.array([len(p.deployments) for p in e.providers])
+        self._speed = np.array([m.speed for m in e.models])
+        self._context = np.array([m.context_tokens for m in e.models])
+        ratio = np.array([p.price_ratio for p in e.providers])[:, None] / 1e6
+        self._in_usd = ratio * np.array([m.price.input_usd for m in e.models])
+        self._cached_usd = ratio * np.array([m.price.cached_input_usd for m in e.models])
+        self._out_usd = ratio * np.array([m.price.output_usd for m in e.models])
+        self._timeout = np.array([a.timeout_s for a in e.apps])
+        self._max_retries = np.array([a.max_retries for a in e.apps])
+        self._cache_share = np.array([a.cache_share for a in e.apps])
+        self._serves = np.array([[m.name in p.models for m in e.models] for p in e.providers])
+        self._teams = [a.team for a in e.apps]
+        self._caller_floor = np.array(list(CALLER_FLOOR.values()))
+        self._provider_floor = np.array(list(PROVIDER_FLOOR.values()))
+
+    # -- directives ---------------------------------------------------------------------------------------------
+
+    def set_directives(self, directives: Iterable[Directive]) -> None:
+        """Replaces the set of live leases; of two with one id the higher epoch counts."""
+        newest: dict[str, Directive] = {}
+        for d in directives:
+            if d.id not in newest or newest[d.id].epoch <= d.epoch:
+                newest[d.id] = d
+        self._directives = tuple(newest[i] for i in sorted(newest))
+
+    def enforced(self, at: float, point: str = "lab-gateway") -> Enforced:
+        """What was applied since the last report; starts the count anew."""
+        applied, self.applied = self.applied, {}
+        return Enforced(point=point, at=at, directives=applied)
+
+    def matches(self, scope: dict[str, str], calls: Records) -> Mask:
+        """bool[n]: which calls carry all labels of `scope`. A label that the gateway does not know matches nothing."""
+        e = self.estate
+        mask: Mask = np.full(len(calls), bool(scope))
+        for label, value in scope.items():
+            if label in ("provider", "model", "app", "tenant", "agent"):
+                index: dict[str, int] = getattr(e, f"{label}_index")
+                mask &= calls[label] == index.get(value, -2)
+            elif label == "team":
+                mask &= np.isin(calls["app"], [i for i, t in enumerate(self._teams) if t == value])
+            elif label == "key":
+                mask &= calls["tenant"] == e.tenant_index.get(value.removeprefix("key-"), -2)
+            elif label in ("prompt", "run"):
+                known = self.names.prompts if label == "prompt" else self.names.runs
+                mask &= calls[label] == (known.index(value) if value in known else -2)
+            elif label == "region":
+                names = [[r == value for r in p.regions] for p in e.providers]
+                hit = np.array([any(row) for row in names])[calls["provider"]]
+                place = np.array([row.index(True) if any(row) else -2 for row in names])[calls["provider"]]
+                mask &= hit & (self._region(calls) == place)
+            else:
+                mask &= False
+        return mask
+
+    def _region(self, calls: Records) -> Ints:
+        region: Ints = calls["tenant"] % self._n_regions[calls["provider"]]
+        return region
+
+    def _obey(self, a: Answers) -> None:
+        """Blocks first, then redirects (the first that matches; none is redirected twice), limits and caps."""
+        calls, moved = a.calls, np.zeros(len(a.calls), dtype=bool)
+        rank = {"block": 0, "redirect": 1, "limit": 2, "cap": 3}
+        for d in sorted(self._directives, key=lambda d: rank[d.kind]):
+            live = (calls["start"] >= d.granted_at) & (calls["start"] < d.expires_at)
+            if not live.any():
+                continue
+            mask = live & self.matches(d.scope, calls) & (a.error != _LOCAL)
+            if d.kind == "block":
+                self._refuse(a, mask, "403_blocked")
+            elif d.kind == "redirect":
+                mask &= ~moved & (_share_draw(calls) < float(d.params.get("share", 1.0)))
+                mask = self._redirect(d, a, mask)
+                moved |= mask
+            elif d.kind == "limit":
+                mask = self._limit(d, a, mask)
+                self._refuse(a, mask, "429_limited")
+            else:
+                self._cap(d.params, calls, mask)
+            hits = int(mask.sum())
+            if hits:
+                self.applied[d.id] = self.applied.get(d.id, 0) + hits
+
+    def _refuse(self, a: Answers, mask: Mask, code: str) -> None:
+        a.error[mask], a.code[mask] = _LOCAL, CODE_INDEX[code]
+
+    def _redirect(self, d: Directive, a: Answers, mask: Mask) -> Mask:
+        """Moves calls to another provider (and model) that serves what they ask for; others stay where they are."""
+        to: dict[str, str] = d.params.get("to", {})
+        provider = self.estate.provider_index.get(to.get("provider", ""), -1)
+        if provider < 0:
+            return mask & False
+        model = np.full(len(a.calls), self.estate.model_index.get(to.get("model", ""), -1))
+        model = np.where(model < 0, a.calls["model"], model)
+        mask = mask & self._serves[provider, model]
+        a.calls["provider"][mask] = provider
+        a.calls["model"][mask] = model[mask]
+        # The new provider has none of our prefixes yet: its cache warms up over some minutes.
+        warm = 1.0 - np.exp(-np.maximum(a.calls["start"] - d.granted_at, 0.0) / 240.0)
+        a.cold[mask] = warm[mask]
+        return mask
+
+    def _limit(self, d: Directive, a: Answers, mask: Mask) -> Mask:
+        """bool[n]: the calls over `requests_per_s`, `tokens_per_min` or `usd_per_hour` of the lease."""
+        spans = {"requests_per_s": 1.0, "tokens_per_min": 60.0, "usd_per_hour": 3600.0}
+        over: Mask = np.zeros(len(mask), dtype=bool)
+        for name, span in spans.items():
+            if name not in d.params:
+                continue
+            rows = np.flatnonzero(mask)
+            for row in rows[np.argsort(a.calls["start"][rows], kind="stable")]:
+                call = a.calls[row]
+                key = (f"{d.id}/{name}", int(call["start"] // span))
+                amount = self._amount(name, call)
+                if self._used.get(key, 0.0) + amount > float(d.params[name]):
+                    over[row] = True
+                else:
+                    self._used[key] = self._used.get(key, 0.0) + amount
+        return over
+
+    def _amount(self, name: str, call: Any) -> float:
+        if name == "requests_per_s":
+            return 1.0
+        tokens_in, tokens_out = float(call["input"]), float(call["output"])
+        if name == "tokens_per_min":
+            return tokens_in + tokens_out
+        p, m = int(call["provider"]), int(call["model"])
+        return float(tokens_in * self._in_usd[p, m] + tokens_out * self._out_usd[p, m])
+
+    def _cap(self, params: dict[str, Any], calls: Records, mask: Mask) -> None:
+        if "max_output_tokens" in params:
+            calls["output"][mask] = np.minimum(calls["output"][mask], int(params["max_output_tokens"]))
+        model = self.estate.model_index.get(str(params.get("model", "")), -1)
+        if model >= 0:
+            possible = mask & self._serves[calls["provider"], model]
+            calls["model"][possible] = model
+
+    # -- answers ------------------------------------------------------------------------------------------------
+
+    def answer(self, calls: Records, faults: Sequence[AnswerFault]) -> tuple[Answers, list[Mask | None]]:
+        """What becomes of attempts; `calls` is changed where a directive redirects or caps.
+
+        Returns the answers, and per fault which attempts show it.
+        """
+        n = len(calls)
+        words: Words = calls["uid"] + calls["attempt"].astype(np.uint64) * _ATTEMPT
+        a = Answers(
+            calls=calls, u=uniforms(words, 12), error=np.zeros(n, np.int64), code=np.zeros(n, np.int64),
+            slower=np.ones(n), latency_s=np.zeros(n), ttft_s=np.zeros(n), output=np.zeros(n, np.int64),
+            cached=np.zeros(n, np.int64), cost_usd=np.zeros(n), region=np.zeros(n, np.int64),
+            deployment=np.zeros(n, np.int64), cold=np.ones(n),
+            max_retries=self._max_retries[calls["app"]].copy(), backoff_s=np.zeros(n),
+        )  # fmt: skip
+        if self._directives:
+            self._obey(a)
+        a.region = self._region(calls)
+        # A tenant's calls stay on one server while it lives, as with prefix-aware balancing.
+        a.deployment = calls["tenant"] // 2 % np.maximum(self._n_deployments[calls["provider"]], 1)
+        a.backoff_s = 0.5 * 2.0 ** calls["attempt"] * (0.75 + 0.5 * a.u[0])
+        self._background(a)
+        shown = [f.on_answers(self.estate, a) for f in faults]
+        self._finish(a)
+        return a, shown
+
+    def _modulation(self, key: Ints, at: Floats, span_s: float, sigma: float, cap: float) -> Floats:
+        """A lognormal factor of mean 1 that is constant for one key and one span: what makes errors come in bunches."""
+        words = key.astype(np.uint64) * np.uint64(0x9E37_79B1) ^ (at // span_s).astype(
+            np.uint64
+        ) << np.uint64(20)
+        u = uniforms(words ^ self._word, 2, salt=int(span_s))
+        factor: Floats = np.minimum(np.exp(sigma * normals(u[0], u[1]) - sigma * sigma / 2), cap)
+        return factor
+
+    def _background(self, a: Answers) -> None:
+        """The floor of errors that is always there: bursty, by provider and by tenant, and short blips."""
+        calls = a.calls
+        provider = calls["provider"].astype(np.int64)
+        of_provider = self._floor[provider] * self._modulation(provider, calls["start"], 30.0, 1.0, 8.0)
+        of_caller = self._modulation(1000 + calls["tenant"].astype(np.int64), calls["start"], 300.0, 0.9, 8.0)
+        p = np.concatenate(
+            [of_provider[:, None] * self._provider_floor, of_caller[:, None] * self._caller_floor], axis=1
+        )
+        p[:, 0] += 0.03 * calls["burst"]  # a client that sends hundreds at once meets its own limit
+        p[:, 1] += self._blip(provider, calls["model"].astype(np.int64), calls["start"])
+        column = (a.u[1][:, None] >= np.cumsum(p, axis=1)).sum(axis=1)
+        failed = column < len(FLOOR_CLASSES)
+        classes = _FLOOR_INDEX[np.minimum(column, len(FLOOR_CLASSES) - 1)]
+        a.fail(failed, classes)
+        own_code = failed & (classes == _OVERLOADED)
+        a.code[own_code] = self._overloaded[provider[own_code]]
+        too_long = (calls["input"] > self._context[calls["model"]]) & (a.error != _LOCAL)
+        a.error[too_long], a.code[too_long] = _TOO_LONG, CODE_INDEX["context_length_exceeded"]
+
+    def _blip(self, provider: Ints, model: Ints, at: Floats) -> Floats:
+        """float64[n]: what a blip adds to the share of failures."""
+        slot_s = 600.0
+        key = (provider * 64 + model).astype(np.uint64) * np.uint64(0x85EB_CA6B)
+        u = uniforms(key ^ (at // slot_s).astype(np.uint64) << np.uint64(24) ^ self._word, 4, salt=77)
+        happens = u[0] < self.estate.blips_per_day * slot_s / 86_400.0 / 2.0
+        begin = u[1] * (slot_s - 30.0)
+        inside = (at % slot_s >= begin) & (at % slot_s < begin + 10.0 + 20.0 * u[2])
+        return np.where(happens & inside, 0.05 + 0.1 * u[3], 0.0)
+
+    def _finish(self, a: Answers) -> None:
+        """Times, tokens and cost, once it is settled which attempts fail."""
+        calls, u = a.calls, a.u
+        provider, model, app = calls["provider"], calls["model"], calls["app"]
+        hit = u[2] < self._cache_share[app] * a.cold
+        prefix = np.minimum(calls["prefix"], calls["input"])
+        a.cached = np.where(hit & (prefix >= 256), prefix // 64 * 64, 0)
+        busy = self._modulation(2000 + provider.astype(np.int64), calls["start"], 600.0, 0.12, 2.0)
+        speed = self._speed[model]
+        first = (
+            self._ttft[provider] * np.exp(0.35 * normals(u[3], u[4])) + (calls["input"] - a.cached) / 9000.0
+        )
+        a.ttft_s = first / speed * busy * a.slower
+        rest = calls["output"] * self._per_token[provider] * np.exp(0.2 * normals(u[5], u[6])) / speed
+        a.latency_s = a.ttft_s + rest * busy * a.slower
+        limit = self._timeout[app]
+        late = (a.latency_s > limit) & (a.error == 0)
+        a.error[late], a.code[late] = _TIMEOUT, CODE_INDEX["408"]
+        failed = a.error != 0
+        fast = _FAST_S[a.error] * np.exp(0.4 * normals(u[7], u[8]))
+        partial = np.isin(a.error, _PARTIAL)
+        a.output = np.where(failed, 0, calls["output"])
+        a.output[partial] = (calls["output"][partial] * u[9][partial]).astype(np.int64)
+        a.latency_s = np.where(partial, a.latency_s * (0.1 + 0.8 * u[9]), np.where(failed, fast, a.latency_s))
+        a.latency_s = np.where(a.error == _TIMEOUT, limit, a.latency_s)
+        paid = ~failed | partial | (a.error == _FILTERED)
+        a.cost_usd = np.where(
+            paid,
+            (calls["input"] - a.cached) * self._in_usd[provider, model]
+            + a.cached * self._cached_usd[provider, model]
+            + a.output * self._out_usd[provider, model],
+            0.0,
+        )
+
+    def retries(self, a: Answers) -> Mask:
+        """bool[n]: the attempts that are followed by another."""
+        again: Mask = _RETRIABLE[a.error] & (a.calls["attempt"] < a.max_retries)
+        return again
+
+
+def _share_draw(calls: Records) -> Floats:
+    """float64[n] in [0, 1): what a directive's share is held against; one value for all calls of a run."""
+    drawn: Floats = (mix(calls["unit"] ^ np.uint64(0x5EED)) >> np.uint64(11)) * 2.0**-53
+    return drawn
