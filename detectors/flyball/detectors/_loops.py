@@ -7,6 +7,7 @@ CRC-32 because they must be the same in every process; 32 steps clash by chance 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import zlib
 from array import array
@@ -268,7 +269,7 @@ class Lane:
         """Seconds between the last `steps` steps, oldest first."""
         k = min(steps, self.n, RING)
         ats = [self.ats[(self.n - k + i) % RING] for i in range(k)]
-        return [b - a for a, b in zip(ats, ats[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(ats)]
 
     def last(self, k: int) -> list[int]:
         """The last `k` ring entries, oldest first."""
@@ -445,7 +446,7 @@ def _growing(gaps: Sequence[float]) -> bool:
     if len(gaps) < 2 or gaps[-1] < 1.0:
         return False
     growth = 1.5 if len(gaps) == 2 else 2.0 if len(gaps) < 5 else 3.0
-    steady = all(b >= 0.75 * a for a, b in zip(gaps, gaps[1:], strict=False))
+    steady = all(b >= 0.75 * a for a, b in itertools.pairwise(gaps))
     return steady and gaps[-1] >= growth * max(gaps[0], 1e-3)
 
 
