@@ -1,0 +1,386 @@
+"""Cells: the finest series that windows tell apart, and the sums of one open window over them.
+
+This is the hot path: about 0.8 µs a call, of which nearly all is reading fields out of structs. What was measured and decided
+(512 calls a chunk, 10 labels of which 8 are set; ns a call):
+
+- list comprehensions read fields at 20 a field and 80 for a tuple of ten; `map(attrgetter(...))` needs 220 for the tuple.
+- a dict of tuples costs 700 (hashing is cheap, comparing ten cold strings is not), of joined strings 470–550, of the tuple's
+  64-bit hash 450, and the last does not slow down with 100,000 cells. Two keys share a hash once in 10**9 tables.
+- `np.fromiter` converts lists with None in them to nan at 25; `array` and `struct` are no quicker.
+- `np.add.at` needs 2 a row and sums in order of arrival, so that no sum depends on where chunks end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import numpy as np
+
+from flyball.core.columns import BASE_LABELS, COUNTED, SUMS
+from flyball.core.errorclass import CLASS_INDEX, CLASSES
+from flyball.core.events import LlmCall
+from flyball.streams.histogram import BUCKET_BITS, HistogramSums, buckets_of_logs
+
+if TYPE_CHECKING:
+    from flyball.core.columns import Floats, Ints
+
+Labels: TypeAlias = tuple[str, ...]
+
+N_CLASSES: Final = len(CLASSES)
+CLASS_BITS: Final = (N_CLASSES - 1).bit_length()
+CLASS_MASK: Final = (1 << CLASS_BITS) - 1
+UNKNOWN: Final = CLASS_INDEX["unknown"]
+
+FIELDS: Final[tuple[str, ...]] = tuple(dict.fromkeys(COUNTED.values()))
+"""Numeric fields of a call, in the order of the columns of `read_numbers` and of the rows of `CellSums.counts`."""
+HISTOGRAMS: Final = ("latency_s", "ttft_s")
+OTHER: Final = "other"
+_COARSE: Final = frozenset({"provider", "model", "region", "app"})
+"""Labels that an `other` cell keeps; the rest is where labels explode."""
+_SUM_ROW: Final = {name: i for i, name in enumerate(SUMS)}
+_LOGGED: Final = tuple(
+    (f, _SUM_ROW[f"log_{f}"], _SUM_ROW[f"log2_{f}"]) for f in FIELDS if f"log_{f}" in _SUM_ROW
+)
+_FIRST_CAPACITY: Final = 1024
+
+
+def labels_of(call: LlmCall) -> Labels:
+    """The labels of a call's cell, in the order of BASE_LABELS."""
+    return (
+        call.provider, call.model or call.model_served, call.deployment, call.region, call.app, call.prompt,
+        call.team, call.tenant, call.agent,
+    )  # fmt: skip
+
+
+def _hashes(calls: Sequence[LlmCall]) -> list[int]:
+    """Hash of (labels, error) of each call. Spelled out, because a call per event would double its cost."""
+    return [
+        hash((
+            c.provider, c.model or c.model_served, c.deployment, c.region, c.app, c.prompt,
+            c.team, c.tenant, c.agent, c.error,
+        ))
+        for c in calls
+    ]  # fmt: skip
+
+
+def read_numbers(calls: Sequence[LlmCall]) -> list[Floats | None]:
+    """Columns of FIELDS, nan where a call did not say; None where no call of the chunk did."""
+    n = len(calls)
+    raw: tuple[list[Any], ...] = (
+        [c.input_tokens for c in calls],
+        [c.output_tokens for c in calls],
+        [c.cache_read_tokens for c in calls],
+        [c.reasoning_tokens for c in calls],
+        [c.cost_usd for c in calls],
+        [c.latency_s for c in calls],
+        [c.ttft_s for c in calls],
+    )
+    # Comparing with None is slow on numbers and quick on None: only a column that starts with None is looked through.
+    return [
+        None if column[0] is None and column.count(None) == n else np.fromiter(column, np.float64, n)
+        for column in raw
+    ]
+
+
+class _CodeOfHash(dict[int, int]):
+    """What calls of this hash count towards: `slot << CLASS_BITS | class`, -1 where not yet known."""
+
+    def __missing__(self, key: int) -> int:
+        return -1
+
+
+class CellTable:
+    """Which labels have which slot; never more than `max_cells` slots.
+
+    A few slots are kept back for `other` cells, which take the calls of new labels once the table is full: they keep provider, model,
+    region and app and say "other" for the rest; if even these explode, one cell with "other" everywhere. Distinct tenants
+    within an `other` cell count as one.
+    """
+
+    def __init__(self, max_cells: int) -> None:
+        self.max_cells = max_cells
+        self._reserve = max(1, min(1024, max_cells // 10))
+        self.labels: list[Labels] = []
+        self.capacity = 0
+        self.born: Floats = np.empty(0)
+        """Start of the first window in which the slot's present series was seen; nan until that window closes."""
+        self.activity: Floats = np.empty(0)
+        """Calls, halved at every close: how much was heard of the slot lately. -1: the slot is free."""
+        self.is_other = np.empty(0, np.bool_)
+        self.changed: list[int] = []
+        """Slots that got a series since the caller last cleared this."""
+        self.overflowed = 0
+        self._overflowed_before = 0
+        self._slot_of: dict[Labels, int] = {}
+        self._others: dict[Labels, int] = {}
+        self._free: list[int] = []
+        self._codes = _CodeOfHash()
+        self._grow(min(_FIRST_CAPACITY, max_cells))
+
+    def __len__(self) -> int:
+        return len(self.labels) - len(self._free)
+
+    def codes(self, calls: Sequence[LlmCall]) -> Ints:
+        """int64[len(calls)]: `slot << CLASS_BITS | class` of every call; new labels get a slot."""
+        hashes = _hashes(calls)
+        codes = np.fromiter(map(self._codes.__getitem__, hashes), np.int64, len(hashes))
+        if len(codes) and codes.min() < 0:
+            for i in np.flatnonzero(codes < 0).tolist():
+                codes[i] = self._learn(hashes[i], calls[i])
+        if self._others:
+            self.overflowed += int(self.is_other[codes >> CLASS_BITS].sum())
+        return codes
+
+    def slots(self, labels: Iterable[Labels]) -> Ints:
+        """int64: slots of label tuples (of windows to be merged); new ones get a slot."""
+        slots = np.array([self._slot(x) for x in labels], np.int64)
+        if self._others:
+            self.overflowed += int(self.is_other[slots].sum())
+        return slots
+
+    def _learn(self, key: int, call: LlmCall) -> int:
+        code = self._codes[key]
+        if code < 0:
+            code = self._slot(labels_of(call)) << CLASS_BITS | CLASS_INDEX.get(call.error, UNKNOWN)
+            if len(self._codes) >= 4 * self.max_cells + 65_536:
+                self._codes.clear()  # made-up error words or labels beyond the limit; what is in use comes back at once
+            self._codes[key] = code
+        return code
+
+    def _slot(self, labels: Labels) -> int:
+        slot = self._slot_of.get(labels)
+        if slot is None and len(self) - len(self._others) < self.max_cells - self._reserve:
+            slot = self._take(labels)
+        return self._other(labels) if slot is None else slot
+
+    def _other(self, labels: Labels) -> int:
+        kept = tuple(v if k in _COARSE or not v else OTHER for k, v in zip(BASE_LABELS, labels, strict=True))
+        if kept not in self._others and len(self._others) >= self._reserve - 1:
+            kept = (OTHER,) * len(BASE_LABELS)
+        slot = self._others.get(kept)
+        if slot is None:
+            slot = self._slot_of.get(kept)
+            if slot is None:
+                slot = self._take(kept)
+            self._others[kept] = slot
+            self.is_other[slot] = True
+        return slot
+
+    def _take(self, labels: Labels) -> int:
+        if self._free:
+            slot = self._free.pop()
+            self.labels[slot] = labels
+        else:
+            slot = len(self.labels)
+            if slot >= self.capacity:
+                self._grow(min(2 * self.capacity, self.max_cells))
+            self.labels.append(labels)
+        self._slot_of[labels] = slot
+        self.born[slot] = np.nan
+        self.activity[slot] = 0.0
+        self.is_other[slot] = False
+        self.changed.append(slot)
+        return slot
+
+    def _grow(self, capacity: int) -> None:
+        more = capacity - self.capacity
+        self.born = np.append(self.born, np.full(more, np.nan))
+        self.activity = np.append(self.activity, np.full(more, -1.0))
+        self.is_other = np.append(self.is_other, np.zeros(more, np.bool_))
+        self.capacity = capacity
+
+    def heard(self, slots: Ints, calls: Ints, start: float) -> None:
+        """A window that began at `start` closes, with so many calls in these slots."""
+        used = self.activity[: len(self.labels)]
+        np.multiply(used, 0.5, out=used, where=used > 0)
+        self.activity[slots] += calls
+        unborn = slots[np.isnan(self.born[slots])]
+        self.born[unborn] = start
+
+    def wants_room(self) -> bool:
+        """Whether the table is so full that `make_room` should be called."""
+        return self.pressed or len(self) > 0.9 * self.max_cells
+
+    @property
+    def pressed(self) -> bool:
+        """Whether calls went to an `other` cell since room was last made."""
+        return self.overflowed > self._overflowed_before
+
+    def make_room(self, busy: Ints) -> Ints:
+        """Free the slots of the rarest series, so that newcomers get cells of their own. Returns the freed slots.
+
+        While newcomers have to go to `other`, up to a fifth of the table goes, those with the fewest calls lately first; else only
+        what has been silent for so long that its activity has faded (a dozen windows).
+
+        Args:
+            busy: slots in use by open windows; they stay.
+        """
+        limit = self.max_cells - self._reserve
+        wanted = max(1, limit // 5) - (limit - (len(self) - len(self._others)))
+        may_go = (self.activity >= 0) & ~self.is_other
+        if not self.pressed:
+            may_go &= self.activity < 1 / 4096
+        may_go[busy] = False
+        freed = np.flatnonzero(may_go)
+        order = np.argsort(self.activity[freed], kind="stable")
+        freed = np.sort(freed[order[: max(0, wanted)]])
+        self._overflowed_before = self.overflowed
+        self._release(freed)
+        return freed
+
+    def _release(self, freed: Ints) -> None:
+        if not len(freed):
+            return
+        # Closed windows still read the old list.
+        self.labels = list(self.labels)
+        for slot in freed.tolist():
+            del self._slot_of[self.labels[slot]]
+            self.labels[slot] = ()
+        self.activity[freed] = -1.0
+        self._free.extend(reversed(freed.tolist()))
+        gone = np.zeros(self.capacity, np.bool_)
+        gone[freed] = True
+        gone |= self.is_other  # labels that overflowed may now get a cell of their own
+        stale = gone[np.fromiter(self._codes.values(), np.int64, len(self._codes)) >> CLASS_BITS]
+        kept = [item for item, drop in zip(self._codes.items(), stale.tolist(), strict=True) if not drop]
+        self._codes = _CodeOfHash(kept)
+
+    def state(self) -> tuple[Any, ...]:
+        """What `restore` needs. Hashes are not part of it: they differ from process to process."""
+        n = len(self.labels)
+        others = list(self._others.values())
+        columns = (self.born[:n].tobytes(), self.activity[:n].tobytes())
+        return (
+            self.labels,
+            self._free,
+            others,
+            columns,
+            self.changed,
+            self.overflowed,
+            self._overflowed_before,
+            self.capacity,
+        )
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        (
+            labels,
+            self._free,
+            others,
+            columns,
+            self.changed,
+            self.overflowed,
+            self._overflowed_before,
+            capacity,
+        ) = state
+        self.labels = [tuple(x) for x in labels]
+        self.capacity = 0
+        self.born, self.activity, self.is_other = np.empty(0), np.empty(0), np.empty(0, np.bool_)
+        self._grow(capacity)
+        n = len(self.labels)
+        self.born[:n], self.activity[:n] = (np.frombuffer(c) for c in columns)
+        self.is_other[others] = True
+        self._others = {self.labels[slot]: slot for slot in others}
+        self._slot_of = {x: slot for slot, x in enumerate(self.labels) if x}
+        self._codes = _CodeOfHash()
+
+
+class CellSums:
+    """Sums of one open window over all cells.
+
+    `by_class`: int64[capacity << CLASS_BITS], calls by code. `sums`: float64[len(SUMS), capacity]. `counts`: int64[len(FIELDS), capacity].
+    """
+
+    def __init__(self) -> None:
+        self.capacity = 0
+        self.by_class: Ints = np.zeros(0, np.int64)
+        self.sums: Floats = np.zeros((len(SUMS), 0))
+        self.counts: Ints = np.zeros((len(FIELDS), 0), np.int64)
+        self.histograms = {name: HistogramSums() for name in HISTOGRAMS}
+
+    def fit(self, capacity: int) -> None:
+        more = capacity - self.capacity
+        if more > 0:
+            self.by_class = np.append(self.by_class, np.zeros(more << CLASS_BITS, np.int64))
+            self.sums = np.append(self.sums, np.zeros((len(SUMS), more)), axis=1)
+            self.counts = np.append(self.counts, np.zeros((len(FIELDS), more), np.int64), axis=1)
+            self.capacity = capacity
+
+    def add(self, codes: Ints, numbers: Sequence[Floats | None]) -> None:
+        """Add calls; `numbers` as of `read_numbers`."""
+        np.add.at(self.by_class, codes, 1)
+        slots = codes >> CLASS_BITS
+        succeeded = (codes & CLASS_MASK) == 0
+        all_succeeded = bool(succeeded.all())
+        columns = dict(zip(FIELDS, numbers, strict=True))
+        logs: dict[str, Floats] = {}
+        told: dict[str, Any] = {}
+        for row, (name, column) in enumerate(columns.items()):
+            if column is None:
+                continue
+            missing = np.isnan(column)
+            told[name] = which = slice(None) if not missing.any() else ~missing
+            where, values = slots[which], column[which]
+            np.add.at(self.sums[_SUM_ROW[name]], where, values)
+            np.add.at(self.counts[row], where, 1)
+        for name, log_row, log2_row in _LOGGED:
+            column = columns[name]
+            if column is None:
+                continue
+            logs[name] = log = _log(column)
+            positive = log > -np.inf  # False for nan too: not told, or zero
+            where, values = (slots, log) if positive.all() else (slots[positive], log[positive])
+            np.add.at(self.sums[log_row], where, values)
+            np.add.at(self.sums[log2_row], where, values * values)
+        for name in HISTOGRAMS:
+            column = columns[name]
+            if column is None:
+                continue
+            log = logs[name] if name in logs else _log(column)
+            if not all_succeeded or not isinstance(told[name], slice):
+                which = succeeded if isinstance(told[name], slice) else told[name] & succeeded
+                log, where = log[which], slots[which]
+            else:
+                where = slots
+            self.histograms[name].add(where << BUCKET_BITS | buckets_of_logs(log))
+
+    def active(self) -> Ints:
+        """Slots with at least one call, ascending."""
+        return np.flatnonzero(self.by_class.reshape(-1, 1 << CLASS_BITS).any(axis=1))
+
+    def state(self) -> tuple[Any, ...]:
+        """What `restored` needs: the active slots only, and of each error class and sum only what is not zero throughout."""
+        slots = self.active()
+        by_class = np.flatnonzero(self.by_class)
+        return (
+            self.capacity, slots.astype(np.int32).tobytes(),
+            by_class.astype(np.int32).tobytes(), self.by_class[by_class].tobytes(),
+            [row[slots].tobytes() if row.any() else b"" for row in self.sums],
+            [row[slots].tobytes() if row.any() else b"" for row in self.counts],
+            [[part.tobytes() for part in self.histograms[name].joined()] for name in HISTOGRAMS],
+        )  # fmt: skip
+
+    @classmethod
+    def restored(cls, state: tuple[Any, ...]) -> CellSums:
+        capacity, slots_raw, codes_raw, calls, sums, counts, histograms = state
+        new = cls()
+        new.fit(capacity)
+        slots = np.frombuffer(slots_raw, np.int32)
+        new.by_class[np.frombuffer(codes_raw, np.int32)] = np.frombuffer(calls, np.int64)
+        for row, raw in zip(new.sums, sums, strict=True):
+            if raw:
+                row[slots] = np.frombuffer(raw)
+        for counts_row, raw in zip(new.counts, counts, strict=True):
+            if raw:
+                counts_row[slots] = np.frombuffer(raw, np.int64)
+        for name, (codes, times) in zip(HISTOGRAMS, histograms, strict=True):
+            new.histograms[name] = HistogramSums(
+                np.frombuffer(codes, np.int64), np.frombuffer(times, np.int64)
+            )
+        return new
+
+
+def _log(values: Floats) -> Floats:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log: Floats = np.log(values)
+    return log
