@@ -284,7 +284,7 @@ class RiverDetector:
                 s.begin = window.start
         else:
             score = self._model.score(s.made, x)
-            if s.ranked and s.ranked[0] == s.ranked[-1] != score and s.level.var > 1e-12:
+            if len(s.ranked) > 7 and s.ranked[0] == s.ranked[-1] != score and s.level.var > 1e-12:
                 # Different values had equal scores: the model was still in its own grace period and wakes only now.
                 s.scores.clear()
                 s.ranked = []
