@@ -46,7 +46,13 @@ def mix_int(word: int) -> int:
 def uniforms(words: Words, count: int, salt: int = 0) -> Floats:
     """float64[count, n] in [0, 1): `count` independent draws for each word. `salt` separates purposes."""
     salts = (np.arange(count, dtype=np.uint64) + np.uint64(salt + 1)) * _M1
-    return (mix(mix(words[None, :] ^ salts[:, None])) >> _S11) * 2.0**-53
+    return unit_interval(mix(mix(words[None, :] ^ salts[:, None])))
+
+
+def unit_interval(words: Words) -> Floats:
+    """float64[...] in [0, 1) from the upper 53 bits of each word."""
+    scaled: Floats = (words >> _S11).astype(np.float64) * 2.0**-53
+    return scaled
 
 
 def uniform_int(word: int, salt: int = 0) -> float:

@@ -12,7 +12,7 @@ import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -59,9 +59,8 @@ class Run:
     loop: AgentLoop | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A model call that a run wants to make."""
+class Wanted(NamedTuple):
+    """A model call that a run wants to make; `unit` is one value for the whole run."""
 
     start: float
     run: int
@@ -73,6 +72,7 @@ class Wanted:
     prefix: int
     output: int
     tools: bool
+    unit: int
 
 
 def _skewed(rng: np.random.Generator, median: float, sigma: float) -> float:
@@ -234,12 +234,9 @@ class Agents:
             prefix = run.prompt_tokens - run.current.grow if run.calls else run.prompt_tokens // 2
             uid = mix_int(mix_int(int(run.name[-16:], 16)) + run.calls + 7919 * run.failures)
             wanted.append(Wanted(start, number, uid, run.agent, run.app, run.tenant, run.prompt_tokens,
-                                 max(prefix, 0), run.current.output, run.current.kind == "tool"))  # fmt: skip
+                                 max(prefix, 0), run.current.output, run.current.kind == "tool",
+                                 int(run.name[-16:], 16)))  # fmt: skip
         return wanted
-
-    def unit(self, number: int) -> int:
-        """What a directive's share is drawn on: one value for the whole run."""
-        return int(self.names[number][-16:], 16)
 
     def set_loop(self, number_name: str, fault: AgentLoop) -> None:
         """Gives a looping run its fault's new end."""

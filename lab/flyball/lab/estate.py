@@ -167,7 +167,8 @@ class Estate:
     def tenant_weights(self) -> Floats:
         """float64[n_tenants], sums to 1: a Zipf law."""
         weights: Floats = np.arange(1, self.n_tenants + 1, dtype=np.float64) ** -self.tenant_exponent
-        return weights / weights.sum()
+        total: Floats = weights / weights.sum()
+        return total
 
     @cached_property
     def provider_index(self) -> dict[str, int]:

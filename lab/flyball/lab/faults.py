@@ -113,7 +113,7 @@ class ProviderOutage:
 
     def on_answers(self, estate: Estate, a: Answers) -> Mask:
         at = a.calls["start"]
-        hit = _during(self.start, self.end, at) & (
+        hit: Mask = _during(self.start, self.end, at) & (
             a.calls["provider"] == estate.provider_index[self.provider]
         )
         if self.model:
@@ -152,7 +152,7 @@ class QuotaExhausted:
         )
 
     def on_answers(self, estate: Estate, a: Answers) -> Mask:
-        hit = _during(self.start, self.end, a.calls["start"])
+        hit: Mask = _during(self.start, self.end, a.calls["start"])
         hit &= a.calls["provider"] == estate.provider_index[self.provider]
         a.fail(hit, np.full(len(hit), CLASS_INDEX["quota_exhausted"]))
         return hit
@@ -178,7 +178,7 @@ class AllProvidersDown:
         )
 
     def on_answers(self, estate: Estate, a: Answers) -> Mask:
-        hit = _during(self.start, self.end, a.calls["start"]) & (a.u[10] < self.share)
+        hit: Mask = _during(self.start, self.end, a.calls["start"]) & (a.u[10] < self.share)
         a.fail(hit, *_pick(self.fails_with, a.u[11]))
         return hit
 
@@ -201,7 +201,7 @@ class BadKey:
         return Truth(self.kind, self.start, self.end, self.target, accepted, ("llm.errors",), ("auth",), 10)
 
     def on_answers(self, estate: Estate, a: Answers) -> Mask:
-        hit = _during(self.start, self.end, a.calls["start"])
+        hit: Mask = _during(self.start, self.end, a.calls["start"])
         hit &= a.calls["tenant"] == estate.tenant_index[self.tenant]
         a.fail(hit, np.full(len(hit), CLASS_INDEX["auth"]))
         return hit
@@ -234,7 +234,7 @@ class RetryStorm:
         )
         a.max_retries[mine] = self.retries
         a.backoff_s[mine] = 0.05 + 0.2 * a.u[0][mine]
-        hit = mine & (a.u[10] < self.share)
+        hit: Mask = mine & (a.u[10] < self.share)
         a.fail(hit, np.full(len(hit), CLASS_INDEX["rate_limited"]))
         return hit
 
@@ -258,10 +258,11 @@ class SlowProvider:
         return Truth(self.kind, self.start, self.end, self.target, (self.target,), signals, (), 40, 2)
 
     def on_answers(self, estate: Estate, a: Answers) -> Mask:
-        hit = _during(self.start, self.end, a.calls["start"])
+        hit: Mask = _during(self.start, self.end, a.calls["start"])
         hit &= a.calls["provider"] == estate.provider_index[self.provider]
         a.slower[hit] *= self.factor
-        return hit & (a.error == 0)
+        hit &= a.error == 0
+        return hit
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +290,9 @@ class PromptInflation:
 
     def on_calls(self, estate: Estate, calls: Records, names: Names) -> Mask:
         """Changes first attempts: tokens and prompt version. Further attempts carry theirs along."""
-        hit = _during(self.start, self.end, calls["start"]) & (calls["app"] == estate.app_index[self.app])
+        hit: Mask = _during(self.start, self.end, calls["start"]) & (
+            calls["app"] == estate.app_index[self.app]
+        )
         hit &= calls["attempt"] == 0
         calls["prompt"][hit] = names.prompts.index(self.prompt)
         grown = (calls["input"][hit] * self.input_factor).astype(np.int64)

@@ -15,7 +15,18 @@ import numpy as np
 
 from flyball.core.directives import Directive, Enforced
 from flyball.core.errorclass import CLASS_INDEX, CLASSES
-from flyball.lab._draws import Floats, Ints, Mask, Records, Words, mix, mix_int, normals, uniforms
+from flyball.lab._draws import (
+    Floats,
+    Ints,
+    Mask,
+    Records,
+    Words,
+    mix,
+    mix_int,
+    normals,
+    uniforms,
+    unit_interval,
+)
 from flyball.lab.estate import Estate
 
 _ATTEMPT: Final = np.uint64(0xD1342543DE82EF95)
@@ -53,7 +64,7 @@ _FAST_S: Final[Floats] = np.array(
 """How long a refusal takes; 0 for the classes that take a part of the normal time."""
 _LOCAL, _TIMEOUT = CLASS_INDEX["gateway_local"], CLASS_INDEX["timeout"]
 _TOO_LONG, _OVERLOADED = CLASS_INDEX["context_too_long"], CLASS_INDEX["overloaded"]
-_PARTIAL: Final[Ints] = np.array([CLASS_INDEX["stream_interrupted"], CLASS_INDEX["cancelled"]])
+_PARTIAL: Final[Mask] = np.isin(np.array(CLASSES), ("stream_interrupted", "cancelled"))
 _FILTERED: Final = CLASS_INDEX["content_filter"]
 
 
@@ -278,39 +289,53 @@ class Gateway:
         # A tenant's calls stay on one server while it lives, as with prefix-aware balancing.
         a.deployment = calls["tenant"] // 2 % np.maximum(self._n_deployments[calls["provider"]], 1)
         a.backoff_s = 0.5 * 2.0 ** calls["attempt"] * (0.75 + 0.5 * a.u[0])
-        self._background(a)
+        busy = self._background(a)
         shown = [f.on_answers(self.estate, a) for f in faults]
-        self._finish(a)
+        self._finish(a, busy)
         return a, shown
 
-    def _modulation(self, key: Ints, at: Floats, span_s: float, sigma: float, cap: float) -> Floats:
-        """A lognormal factor of mean 1 that is constant for one key and one span: what makes errors come in bunches."""
-        words = key.astype(np.uint64) * np.uint64(0x9E37_79B1) ^ (at // span_s).astype(
-            np.uint64
-        ) << np.uint64(20)
-        u = uniforms(words ^ self._word, 2, salt=int(span_s))
-        factor: Floats = np.minimum(np.exp(sigma * normals(u[0], u[1]) - sigma * sigma / 2), cap)
-        return factor
+    def _modulations(self, calls: Records) -> tuple[Floats, Floats, Floats]:
+        """Lognormal factors of mean 1 that stay for a while, which is what makes errors come in bunches.
 
-    def _background(self, a: Answers) -> None:
-        """The floor of errors that is always there: bursty, by provider and by tenant, and short blips."""
+        For a provider's errors (30 s), a tenant's errors (5 min) and a provider's speed (10 min); one hash for all three.
+        """
+        n, start = len(calls), calls["start"]
+        words = np.empty((3, n), dtype=np.uint64)
+        for row, (key, span_s) in enumerate(
+            ((calls["provider"], 30.0), (calls["tenant"], 300.0), (calls["provider"], 600.0))
+        ):
+            slot = (start // span_s).astype(np.uint64) << np.uint64(20)
+            words[row] = (slot + key.astype(np.uint64)) * np.uint64(4) + np.uint64(row)
+        u = uniforms((words ^ self._word).ravel(), 2)
+        z = normals(u[0], u[1]).reshape(3, n)
+        sigma, cap = np.array([[1.0], [0.9], [0.12]]), np.array([[8.0], [8.0], [2.0]])
+        factors = np.minimum(np.exp(sigma * z - sigma * sigma / 2), cap)
+        return factors[0], factors[1], factors[2]
+
+    def _background(self, a: Answers) -> Floats:
+        """The floor of errors that is always there: bursty, by provider and by tenant, and short blips.
+
+        Returns how busy each call's provider is, as a factor on times.
+        """
         calls = a.calls
         provider = calls["provider"].astype(np.int64)
-        of_provider = self._floor[provider] * self._modulation(provider, calls["start"], 30.0, 1.0, 8.0)
-        of_caller = self._modulation(1000 + calls["tenant"].astype(np.int64), calls["start"], 300.0, 0.9, 8.0)
-        p = np.concatenate(
-            [of_provider[:, None] * self._provider_floor, of_caller[:, None] * self._caller_floor], axis=1
-        )
+        of_provider, of_caller, busy = self._modulations(calls)
+        split = len(PROVIDER_FLOOR)
+        p = np.empty((len(calls), len(FLOOR_CLASSES)))
+        p[:, :split] = (of_provider * self._floor[provider])[:, None] * self._provider_floor
+        p[:, split:] = of_caller[:, None] * self._caller_floor
         p[:, 0] += 0.03 * calls["burst"]  # a client that sends hundreds at once meets its own limit
         p[:, 1] += self._blip(provider, calls["model"].astype(np.int64), calls["start"])
         column = (a.u[1][:, None] >= np.cumsum(p, axis=1)).sum(axis=1)
         failed = column < len(FLOOR_CLASSES)
-        classes = _FLOOR_INDEX[np.minimum(column, len(FLOOR_CLASSES) - 1)]
-        a.fail(failed, classes)
-        own_code = failed & (classes == _OVERLOADED)
-        a.code[own_code] = self._overloaded[provider[own_code]]
+        if failed.any():
+            classes = _FLOOR_INDEX[np.minimum(column, len(FLOOR_CLASSES) - 1)]
+            a.fail(failed, classes)
+            own_code = failed & (classes == _OVERLOADED)
+            a.code[own_code] = self._overloaded[provider[own_code]]
         too_long = (calls["input"] > self._context[calls["model"]]) & (a.error != _LOCAL)
         a.error[too_long], a.code[too_long] = _TOO_LONG, CODE_INDEX["context_length_exceeded"]
+        return busy
 
     def _blip(self, provider: Ints, model: Ints, at: Floats) -> Floats:
         """float64[n]: what a blip adds to the share of failures."""
@@ -322,14 +347,13 @@ class Gateway:
         inside = (at % slot_s >= begin) & (at % slot_s < begin + 10.0 + 20.0 * u[2])
         return np.where(happens & inside, 0.05 + 0.1 * u[3], 0.0)
 
-    def _finish(self, a: Answers) -> None:
+    def _finish(self, a: Answers, busy: Floats) -> None:
         """Times, tokens and cost, once it is settled which attempts fail."""
         calls, u = a.calls, a.u
         provider, model, app = calls["provider"], calls["model"], calls["app"]
         hit = u[2] < self._cache_share[app] * a.cold
         prefix = np.minimum(calls["prefix"], calls["input"])
         a.cached = np.where(hit & (prefix >= 256), prefix // 64 * 64, 0)
-        busy = self._modulation(2000 + provider.astype(np.int64), calls["start"], 600.0, 0.12, 2.0)
         speed = self._speed[model]
         first = (
             self._ttft[provider] * np.exp(0.35 * normals(u[3], u[4])) + (calls["input"] - a.cached) / 9000.0
@@ -342,7 +366,7 @@ class Gateway:
         a.error[late], a.code[late] = _TIMEOUT, CODE_INDEX["408"]
         failed = a.error != 0
         fast = _FAST_S[a.error] * np.exp(0.4 * normals(u[7], u[8]))
-        partial = np.isin(a.error, _PARTIAL)
+        partial = _PARTIAL[a.error]
         a.output = np.where(failed, 0, calls["output"])
         a.output[partial] = (calls["output"][partial] * u[9][partial]).astype(np.int64)
         a.latency_s = np.where(partial, a.latency_s * (0.1 + 0.8 * u[9]), np.where(failed, fast, a.latency_s))
@@ -364,5 +388,4 @@ class Gateway:
 
 def _share_draw(calls: Records) -> Floats:
     """float64[n] in [0, 1): what a directive's share is held against; one value for all calls of a run."""
-    drawn: Floats = (mix(calls["unit"] ^ np.uint64(0x5EED)) >> np.uint64(11)) * 2.0**-53
-    return drawn
+    return unit_interval(mix(calls["unit"] ^ np.uint64(0x5EED)))

@@ -6,6 +6,7 @@ and the directives, not on the size of the steps, as long as directives change o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -18,7 +19,7 @@ from flyball.core.errorclass import CLASSES
 from flyball.core.errors import ConfigError
 from flyball.core.events import AgentStep, Batch, Change, Evaluation, Event, LlmCall
 from flyball.core.ids import short_id
-from flyball.lab._draws import Records, generator, mix, mix_int
+from flyball.lab._draws import Records, generator, mix, mix_int, unit_interval
 from flyball.lab.agents import Agents, Wanted
 from flyball.lab.estate import Estate, Sender
 from flyball.lab.faults import AgentLoop, AnyFault, GpuThrottle, GpuXid, PromptInflation
@@ -117,6 +118,8 @@ class Simulator:
             if fault.prompt not in self._names.prompts:
                 self._names.prompts.append(fault.prompt)
             self._announce(fault.start, fault.app, fault.prompt)
+            if fault.end < math.inf:
+                self._roll_back(fault)
         self.faults.append(fault)
         self.shown.append(Shown())
         return len(self.faults) - 1
@@ -128,9 +131,11 @@ class Simulator:
         if isinstance(fault, AgentLoop):
             self._agents.set_loop(fault.run, fault)
         if isinstance(fault, PromptInflation):
-            self._announce(
-                at, fault.app, next(a.prompt for a in self.estate.apps if a.name == fault.app), "roll back"
-            )
+            self._roll_back(fault)
+
+    def _roll_back(self, fault: PromptInflation) -> None:
+        prompt = next(a.prompt for a in self.estate.apps if a.name == fault.app)
+        self._announce(fault.end, fault.app, prompt, "roll back to")
 
     def evidence_at(self, number: int) -> float | None:
         """When the fault had shown itself often enough to be seen; None while it has not."""
@@ -185,25 +190,13 @@ class Simulator:
         return due
 
     def _agent_calls(self, wanted: Sequence[Wanted]) -> Records:
-        calls = np.zeros(len(wanted), dtype=CALL)
-        for i, w in enumerate(wanted):
-            for name in (
-                "start",
-                "uid",
-                "agent",
-                "app",
-                "tenant",
-                "run",
-                "input",
-                "prefix",
-                "output",
-                "tools",
-            ):
-                calls[name][i] = getattr(w, name)
-            calls["unit"][i] = self._agents.unit(w.run)
+        told = np.array([tuple(w) for w in wanted], dtype=[(f, CALL[f]) for f in Wanted._fields])
+        calls = np.zeros(len(told), dtype=CALL)
+        for name in Wanted._fields:
+            calls[name] = told[name]
         calls["first"], calls["prompt"], calls["stream"] = calls["start"], -1, True
         # A run stays with the provider it began with: its cache is there.
-        draw = (mix(calls["unit"]) >> np.uint64(11)) * 2.0**-53
+        draw = unit_interval(mix(calls["unit"]))
         calls["provider"], calls["model"] = self._traffic.route(calls["app"].astype(np.int64), draw)
         return calls
 
@@ -341,7 +334,7 @@ class Simulator:
         network = np.array([p.network_s for p in pods])[pod]
         arrives = np.ceil((end - phase) / flush) * flush + phase + network
         at = end + np.array([p.skew_s for p in pods])[pod]
-        scored = (mix(calls["uid"] ^ np.uint64(0xE7A)) >> np.uint64(11)) * 2.0**-53
+        scored = unit_interval(mix(calls["uid"] ^ np.uint64(0xE7A)))
         outbox = self._outbox
         for row, event in enumerate(self._events(a, at)):
             key = (float(arrives[row]), pods[pod[row]].name)
@@ -371,11 +364,11 @@ class Simulator:
         providers, models, apps, tenants = e.providers, e.models, e.apps, e.tenants
         events = []
         columns = zip(
-            at.tolist(), calls["uid"].tolist(), calls["attempt"].tolist(), calls["provider"].tolist(),
+            at.round(6).tolist(), calls["uid"].tolist(), calls["attempt"].tolist(), calls["provider"].tolist(),
             calls["model"].tolist(), calls["app"].tolist(), calls["tenant"].tolist(), calls["agent"].tolist(),
             calls["run"].tolist(), calls["prompt"].tolist(), calls["input"].tolist(), calls["stream"].tolist(),
             calls["tools"].tolist(), a.error.tolist(), a.code.tolist(), a.output.tolist(), a.cached.tolist(),
-            a.cost_usd.tolist(), a.latency_s.tolist(), a.ttft_s.tolist(), a.region.tolist(), a.deployment.tolist(),
+            a.cost_usd.round(8).tolist(), a.latency_s.round(4).tolist(), a.ttft_s.round(4).tolist(), a.region.tolist(), a.deployment.tolist(),
             strict=True,
         )  # fmt: skip
         for (end, uid, attempt, p, m, app, tenant, agent, run, prompt, tokens_in, stream, tools, error, code, out,
@@ -384,7 +377,7 @@ class Simulator:
             local, told = klass == "gateway_local", cost > 0.0 or not error
             events.append(
                 LlmCall(
-                    at=round(end, 6),
+                    at=end,
                     id=f"{word}-{attempt}",
                     provider="" if local else provider.name,
                     model=models[m].name,
@@ -404,9 +397,9 @@ class Simulator:
                     output_tokens=out if told else None,
                     cache_read_tokens=cached if told else None,
                     cache_write_tokens=_written(provider.writes_cache, told, cached, tokens_in),
-                    cost_usd=round(cost, 8) if told else None,
-                    latency_s=round(latency, 4),
-                    ttft_s=round(ttft, 4) if stream and not error else None,
+                    cost_usd=cost if told else None,
+                    latency_s=latency,
+                    ttft_s=ttft if stream and not error else None,
                     finish=_finish(klass, out, tools),
                     stream=stream,
                     retries=attempt or None,
