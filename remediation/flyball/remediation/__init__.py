@@ -1,0 +1,1 @@
+"""Acts: leases that are verified and let go, notifications, enforcement points."""
