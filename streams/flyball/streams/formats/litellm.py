@@ -55,7 +55,7 @@ _PATHS: Final[tuple[str, ...]] = (
     "request_tags", "error_str", "trace_id",
     "error_information.error_code", "error_information.error_class", "error_information.error_message",
     "error_information.normalized_error", "error_information.error_rate_limit_category",
-    "hidden_params.litellm_model_name", "hidden_params.additional_headers.x-litellm-attempted-retries",
+    "hidden_params.additional_headers.x-litellm-attempted-retries",
     "response.id", "response.model", "response.choices",
     "metadata.usage_object.prompt_tokens_details.cached_tokens",
     "metadata.usage_object.prompt_tokens_details.cache_creation_tokens",
@@ -195,9 +195,9 @@ class LiteLlm:
             at=at,
             id=self._id(r, failed, at),
             provider=provider,
-            model=group or model_name(raw_model),
-            model_served="" if failed else self._served(r, group, raw_model),
-            deployment=label(_text(r.model_id)),
+            model=model_name(raw_model) or group,
+            model_served="" if failed else _served(r.response, group),
+            deployment=_deployment(group, _text(r.model_id)),
             operation=_operation(r.call_type),
             error=error,
             error_code=code,
@@ -226,15 +226,6 @@ class LiteLlm:
             return identity(own)
         call = _text(r.litellm_call_id) or _text(r.id)
         return identity(f"{call}/{at:.6f}") if call else ""
-
-    def _served(self, r: Any, group: str, raw_model: str) -> str:
-        answered = (
-            _text(r.response.model) if r.response is not None and not isinstance(r.response, str) else ""
-        )
-        if answered and answered != group:
-            return model_name(answered)
-        routed = _text(r.hidden_params.litellm_model_name) if r.hidden_params is not None else ""
-        return model_name(routed or raw_model) if group or routed else ""
 
     def _error(self, r: Any, provider: str) -> tuple[str, str]:
         info = r.error_information
@@ -479,7 +470,9 @@ def _time(value: Any) -> float | None:
 
 def _count(value: Any, name: str) -> int | None:
     if type(value) is not int:
-        if (isinstance(value, float) and math.isfinite(value)) or (isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 13):
+        if (isinstance(value, float) and math.isfinite(value)) or (
+            isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 13
+        ):
             value = int(value)
         else:
             return None
@@ -535,6 +528,20 @@ def _first(*values: Any) -> int | None:
         if found is not None:
             return found
     return None
+
+
+def _served(response: Any, group: str) -> str:
+    """The model that answered; through the proxy the answer mostly names the group again, which says nothing."""
+    if response is None or isinstance(response, str):
+        return ""
+    answered = _text(response.model)
+    return model_name(answered) if answered != group else ""
+
+
+def _deployment(group: str, model_id: str) -> str:
+    """`group/id`: the group is what callers ask for and what the gateway is steered by; ids are hashes by default."""
+    short = model_id if len(model_id) <= 40 else model_id[:12]
+    return label(f"{group}/{short}" if group and short else group or short)
 
 
 def _finish(response: Any) -> str:
