@@ -42,6 +42,7 @@ _SUM_ROW: Final = {name: i for i, name in enumerate(SUMS)}
 _LOGGED: Final = tuple(
     (f, _SUM_ROW[f"log_{f}"], _SUM_ROW[f"log2_{f}"]) for f in FIELDS if f"log_{f}" in _SUM_ROW
 )
+_NEED_LOG: Final = frozenset({*HISTOGRAMS, *(name for name, _, _ in _LOGGED)})
 _FIRST_CAPACITY: Final = 1024
 
 
@@ -210,14 +211,14 @@ class CellTable:
     def make_room(self, busy: Ints) -> Ints:
         """Free the slots of the rarest series, so that newcomers get cells of their own. Returns the freed slots.
 
-        While newcomers have to go to `other`, up to a fifth of the table goes, those with the fewest calls lately first; else only
+        While newcomers have to go to `other`, up to a twentieth of the table goes, those with the fewest calls lately first; else only
         what has been silent for so long that its activity has faded (a dozen windows).
 
         Args:
             busy: slots in use by open windows; they stay.
         """
         limit = self.max_cells - self._reserve
-        wanted = max(1, limit // 5) - (limit - (len(self) - len(self._others)))
+        wanted = max(1, limit // 20) - (limit - (len(self) - len(self._others)))
         may_go = (self.activity >= 0) & ~self.is_other
         if not self.pressed:
             may_go &= self.activity < 1 / 4096
@@ -310,39 +311,44 @@ class CellSums:
         """Add calls; `numbers` as of `read_numbers`."""
         np.add.at(self.by_class, codes, 1)
         slots = codes >> CLASS_BITS
-        succeeded = (codes & CLASS_MASK) == 0
-        all_succeeded = bool(succeeded.all())
+        calls = np.bincount(slots, minlength=self.capacity)
         columns = dict(zip(FIELDS, numbers, strict=True))
-        logs: dict[str, Floats] = {}
-        told: dict[str, Any] = {}
         for row, (name, column) in enumerate(columns.items()):
             if column is None:
                 continue
-            missing = np.isnan(column)
-            told[name] = which = slice(None) if not missing.any() else ~missing
-            where, values = slots[which], column[which]
-            np.add.at(self.sums[_SUM_ROW[name]], where, values)
-            np.add.at(self.counts[row], where, 1)
-        for name, log_row, log2_row in _LOGGED:
-            column = columns[name]
-            if column is None:
-                continue
-            logs[name] = log = _log(column)
-            positive = log > -np.inf  # False for nan too: not told, or zero
-            where, values = (slots, log) if positive.all() else (slots[positive], log[positive])
-            np.add.at(self.sums[log_row], where, values)
-            np.add.at(self.sums[log2_row], where, values * values)
-        for name in HISTOGRAMS:
-            column = columns[name]
-            if column is None:
-                continue
-            log = logs[name] if name in logs else _log(column)
-            if not all_succeeded or not isinstance(told[name], slice):
-                which = succeeded if isinstance(told[name], slice) else told[name] & succeeded
-                log, where = log[which], slots[which]
+            which = _told(column)
+            if which is None:
+                np.add.at(self.sums[_SUM_ROW[name]], slots, column)
+                self.counts[row] += calls
             else:
-                where = slots
-            self.histograms[name].add(where << BUCKET_BITS | buckets_of_logs(log))
+                where = slots[which]
+                np.add.at(self.sums[_SUM_ROW[name]], where, column[which])
+                self.counts[row] += np.bincount(where, minlength=self.capacity)
+        logs = {
+            name: _log(column) for name, column in columns.items() if column is not None and name in _NEED_LOG
+        }
+        for name, log_row, log2_row in _LOGGED:
+            if name in logs:
+                log, where = logs[name], slots
+                positive = log > -np.inf  # False for nan too: not told, or zero
+                if not positive.all():
+                    which = np.flatnonzero(positive)
+                    log, where = log[which], slots[which]
+                np.add.at(self.sums[log_row], where, log)
+                np.add.at(self.sums[log2_row], where, log * log)
+        self._add_histograms(codes, logs)
+
+    def _add_histograms(self, codes: Ints, logs: dict[str, Floats]) -> None:
+        succeeded = (codes & CLASS_MASK) == 0
+        shifted = ((codes >> CLASS_BITS) << BUCKET_BITS).astype(np.int32)
+        for name in HISTOGRAMS:
+            if name in logs:
+                log, where = logs[name], shifted
+                counted = succeeded & ~np.isnan(log)
+                if not counted.all():
+                    which = np.flatnonzero(counted)
+                    log, where = log[which], shifted[which]
+                self.histograms[name].add(where | buckets_of_logs(log))
 
     def active(self) -> Ints:
         """Slots with at least one call, ascending."""
@@ -378,6 +384,12 @@ class CellSums:
                 np.frombuffer(codes, np.int64), np.frombuffer(times, np.int64)
             )
         return new
+
+
+def _told(column: Floats) -> Ints | None:
+    """Where a column has values; None where everywhere. Positions, because a boolean mask costs four times as much."""
+    missing = np.isnan(column)
+    return np.flatnonzero(~missing) if missing.any() else None
 
 
 def _log(values: Floats) -> Floats:

@@ -47,14 +47,15 @@ class GroupTable:
 
     def resolve(self, cells: Iterable[Labels], start: float) -> list[int]:
         """Slot of the series of each cell, _NONE where the cell lacks a label. New series are born at `start`."""
-        columns = list(zip(*cells, strict=True))
         if not self.by:
-            return [self._slot((), start)] * (len(columns[0]) if columns else 0)
-        found = []
-        for labels in zip(*(columns[p] for p in self._positions), strict=True) if columns else ():
-            slot = self._slot_of.get(labels)
-            found.append(slot if slot is not None else self._slot(labels, start) if all(labels) else _NONE)
-        return found
+            return [self._slot((), start) for _ in cells]
+        columns = list(zip(*cells, strict=True))
+        chosen = list(zip(*(columns[p] for p in self._positions), strict=True)) if columns else []
+        found = list(map(self._slot_of.get, chosen))
+        return [
+            slot if slot is not None else self._slot(labels, start) if all(labels) else _NONE
+            for slot, labels in zip(found, chosen, strict=True)
+        ]
 
     def room(self) -> int:
         return self.max_groups - len(self.labels) + len(self._free)
@@ -154,7 +155,8 @@ class RollupBuilder:
             counts={name: sums.counts[i, slots] for i, name in enumerate(FIELDS)}, histograms=fine,
         )  # fmt: skip
         self._resolve(slots, cells, start)
-        rollups = {t.by: self._rollup(i, cell_rollup, start) for i, t in enumerate(self.tables)}
+        fine_columns = _Fine(cell_rollup, self._who[slots])
+        rollups = {t.by: self._rollup(i, cell_rollup, fine_columns, start) for i, t in enumerate(self.tables)}
         return Window(start=start, end=end, cells=cell_rollup, rollups=rollups, samples=samples, live=live)
 
     def _forget_changed(self, cells: CellTable) -> None:
@@ -197,7 +199,7 @@ class RollupBuilder:
         for i, table in enumerate(self.tables):
             self._drop(i, table.forget(now - self.forget_s, np.empty(0, np.int64)))
 
-    def _rollup(self, index: int, cells: Rollup, start: float) -> Rollup:
+    def _rollup(self, index: int, cells: Rollup, fine: _Fine, start: float) -> Rollup:
         table = self.tables[index]
         groups = self._groups[index, cells.ids]
         present = np.zeros(table.capacity + 1, np.bool_)
@@ -210,33 +212,33 @@ class RollupBuilder:
         row_of_group[ids] = np.arange(n)
         rows = row_of_group[groups]  # row n collects the cells that lack a label
 
-        def total(column: Ints | Floats) -> Floats:
-            if not column.any():
-                return np.zeros(n)
-            return np.bincount(rows, column, n + 1)[:n].astype(np.float64, copy=False)
+        def total(column: Floats | None) -> Floats:
+            return (
+                np.zeros(n)
+                if column is None
+                else np.bincount(rows, column, n + 1)[:n].astype(np.float64, copy=False)
+            )
 
         by_class = np.zeros((n, N_CLASSES), np.int64)
-        for k in np.flatnonzero(cells.by_class.any(axis=0)).tolist():
-            by_class[:, k] = total(cells.by_class[:, k])
-        tenants, failing = self._distinct(rows, n, cells)
+        for k, column in fine.classes.items():
+            by_class[:, k] = total(column)
+        tenants, failing = self._distinct(rows, n, fine)
         return Rollup(
             by=table.by, ids=ids, capacity=table.capacity, born=table.born[ids], labels=table.labels,
             calls=by_class.sum(axis=1), by_class=by_class, tenants=tenants, failing_tenants=failing,
-            sums={name: total(column) for name, column in cells.sums.items()},
-            counts={name: total(column).astype(np.int64) for name, column in cells.counts.items()},
+            sums={name: total(fine.sums.get(name)) for name in cells.sums},
+            counts={name: total(fine.counts.get(name)).astype(np.int64) for name in cells.counts},
             histograms={name: _coarser(h, rows, n) for name, h in cells.histograms.items()},
         )  # fmt: skip
 
-    def _distinct(self, rows: Ints, n: int, cells: Rollup) -> tuple[Ints, Ints]:
+    def _distinct(self, rows: Ints, n: int, fine: _Fine) -> tuple[Ints, Ints]:
         """Distinct tenants of every row, and those with failures by class."""
         width = len(self._who_of) + 1
-        who = self._who[cells.ids]
-        pairs, _ = count_distinct(rows * width + who)
-        tenants = np.bincount(pairs // width, minlength=n + 1)[:n]
+        tenants = np.bincount(distinct(rows * width + fine.who) // width, minlength=n + 1)[:n]
         failing = np.zeros((n + 1, N_CLASSES), np.int64)
-        cell, klass = np.nonzero(cells.failing_tenants)
-        if len(cell):
-            triples, _ = count_distinct((rows[cell] * N_CLASSES + klass) * width + who[cell])
+        if len(fine.failing_cell):
+            row_and_class = rows[fine.failing_cell] * N_CLASSES + fine.failing_class
+            triples = distinct(row_and_class * width + fine.who[fine.failing_cell])
             np.add.at(failing.reshape(-1), triples // width, 1)
         return tenants, failing[:n]
 
@@ -255,13 +257,29 @@ class RollupBuilder:
         self._who_of = {name: i for i, name in enumerate(who_of)}
 
 
-def count_distinct(codes: Ints) -> tuple[Ints, int]:
-    """Sorted distinct codes, and how many there are. Codes may need all 63 bits."""
+class _Fine:
+    """Columns of a window's cells, made once for all roll-ups; without those that are zero throughout."""
+
+    def __init__(self, cells: Rollup, who: Ints) -> None:
+        self.who = who
+        kinds = np.flatnonzero(cells.by_class.any(axis=0)).tolist()
+        self.classes = {k: cells.by_class[:, k].astype(np.float64) for k in kinds}
+        self.sums = {name: column for name, column in cells.sums.items() if column.any()}
+        self.counts = {
+            name: column.astype(np.float64) for name, column in cells.counts.items() if column.any()
+        }
+        failing = [(np.flatnonzero(column), k) for k, column in self.classes.items() if k]
+        empty: Ints = np.empty(0, np.int64)
+        self.failing_cell = np.concatenate([empty, *(where for where, _ in failing)])
+        self.failing_class = np.concatenate([empty, *(np.full(len(where), k) for where, k in failing)])
+
+
+def distinct(codes: Ints) -> Ints:
+    """Sorted distinct codes. They may need all 63 bits."""
     ordered = np.sort(codes)
-    if not len(ordered):
-        return ordered, 0
-    distinct = ordered[np.diff(ordered, prepend=ordered[0] - 1) != 0]
-    return distinct, len(distinct)
+    begins = np.ones(len(ordered), np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=begins[1:])
+    return ordered[begins]
 
 
 def _coarser(fine: Histogram, rows: Ints, n: int) -> Histogram:

@@ -37,7 +37,7 @@ from flyball.streams.watermark import Sender, Watermarks
 if TYPE_CHECKING:
     from flyball.core.columns import Floats, Ints
 
-_CHUNK: Final = 512
+_CHUNK: Final = 128
 """Calls read into columns at once: enough to pay for the numpy calls, few enough to be still in the cache."""
 _COMPACT_ROWS: Final = 1 << 16
 _SAMPLES: Final = 3
@@ -80,8 +80,8 @@ class WindowSettings:
             raise ConfigError(
                 f"{self.max_delay_s} is less than lateness_s = {self.lateness_s}", where="max_delay_s"
             )
-        if not 2 <= self.max_cells <= 1 << 24:
-            raise ConfigError(f"{self.max_cells!r} cells; 2 to {1 << 24}", where="max_cells")
+        if not 2 <= self.max_cells <= 1 << 22:
+            raise ConfigError(f"{self.max_cells!r} cells; 2 to {1 << 22}", where="max_cells")
         for label in (label for by in self.rollups for label in by):
             if label not in BASE_LABELS:
                 raise ConfigError(
@@ -462,7 +462,7 @@ def _add_cells(sums: CellSums, cells: Rollup, slots: Ints) -> None:
         np.add.at(sums.counts[i], slots, cells.counts[name])
     for name in HISTOGRAMS:
         part = cells.histograms[name]
-        sums.histograms[name].add(slots[part.rows] << BUCKET_BITS | part.buckets, part.counts)
+        sums.histograms[name].add_counted(slots[part.rows] << BUCKET_BITS | part.buckets, part.counts)
 
 
 def merge_windows(parts: Sequence[Window], settings: WindowSettings | None = None) -> Window:
