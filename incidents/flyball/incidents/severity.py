@@ -1,0 +1,163 @@
+"""How bad, and why: the worst of the rules that apply, each with its figure and the setting it met."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from flyball.core.anomaly import Anomaly
+from flyball.core.incident import Severity
+from flyball.incidents.case import Case
+from flyball.incidents.settings import SeveritySettings
+from flyball.incidents.signals import EGRESS, group_of
+from flyball.incidents.text import count, factor, percent, usd
+
+Verdict = tuple[Severity, str]
+
+_HARMLESS_GPU: Final = frozenset(
+    {"ignore", "info", "none", "restart_app", "application", "app", "workload", "ignored"}
+)
+"""Buckets of GPU errors that are the workload's own doing or need nobody."""
+
+
+def judge(case: Case, settings: SeveritySettings, run_usd_per_min: float) -> Verdict:
+    """The severity of a case as it stands, with one sentence of reason.
+
+    Args:
+        run_usd_per_min: spend velocity of the runs at the root, 0.0 where it is not about runs.
+    """
+    verdicts = [_of_anomaly(a, case, settings, run_usd_per_min) for a in case.active() or [case.lead]]
+    if case.incident.root.name == EGRESS and case.incident.root.kind == "stream":
+        verdicts.append((Severity.CRITICAL, "every provider fails: nothing that calls a model works"))
+    if case.group == "errors":
+        verdicts.append(_estate(case, settings))
+    return max(verdicts, key=lambda v: v[0])
+
+
+def _estate(case: Case, s: SeveritySettings) -> Verdict:
+    ratio = case.tally.estate_ratio_now
+    wide = len(case.tally.tenants) != 1 and case.tally.failed >= 10 * s.failed_calls_high
+    if ratio >= s.failed_estate_critical and wide:
+        return (
+            Severity.CRITICAL,
+            f"{percent(ratio)} of all calls fail (critical from {percent(s.failed_estate_critical)})",
+        )
+    return Severity.LOW, "small share of all calls"
+
+
+def _of_anomaly(a: Anomaly, case: Case, s: SeveritySettings, run_usd_per_min: float) -> Verdict:
+    group = group_of(a.signal)
+    if group == "errors":
+        return _errors(a, case, s)
+    if group == "slow":
+        return _multiple(a, case, s.slow_factor_high, s.slow_calls_high, "time per call")
+    if group == "tokens":
+        return _tokens(a, case, s)
+    if group == "retries":
+        return _multiple(a, case, s.retry_factor_high, s.failed_calls_high, "calls")
+    if group == "cost":
+        return _cost(a, case, s)
+    if group == "agent":
+        return _agent(a, s, run_usd_per_min)
+    if group == "gpu":
+        return _gpu(a)
+    if group == "serving":
+        if a.impact >= s.serving_impact_high:
+            return (
+                Severity.HIGH,
+                f"{percent(min(a.impact, 1.0))} of it affected (high from {percent(s.serving_impact_high)})",
+            )
+        return Severity.MEDIUM, "an inference server is saturated; no call is known to suffer"
+    if a.signal == "stream.silent":
+        return Severity.MEDIUM, "a sender stopped: Flyball is partly blind"
+    return Severity.LOW, f"{a.signal} by itself harms nobody at once"
+
+
+def _errors(a: Anomaly, case: Case, s: SeveritySettings) -> Verdict:
+    t = case.tally
+    ratio = max(t.failed_now / t.calls_now if t.calls_now else 0.0, t.failed / t.calls if t.calls else 0.0)
+    failed = t.failed
+    if not t.calls:
+        ratio, failed = (
+            a.observed if 0.0 <= a.observed <= 1.0 else a.impact,
+            round(a.n * min(max(a.impact, 0.0), 1.0)),
+        )
+    high = s.rate_limited_ratio_high if a.klass == "rate_limited" else s.failed_ratio_high
+    if ratio >= high and failed >= s.failed_calls_high:
+        return (
+            Severity.HIGH,
+            f"{percent(ratio)} of its calls fail (high from {percent(high)} and {s.failed_calls_high} calls)",
+        )
+    if ratio >= s.failed_ratio_medium:
+        return Severity.MEDIUM, f"{percent(ratio)} of its calls fail, {count(failed, 'call')} so far"
+    return Severity.LOW, f"{percent(ratio)} of its calls fail"
+
+
+def _factor(a: Anomaly, case: Case) -> float:
+    own = a.observed / a.expected if a.expected > 0 else 1.0
+    return max(own, case.factor if a.signal == case.incident.signal else 1.0)
+
+
+def _multiple(a: Anomaly, case: Case, high: float, calls: int, what: str) -> Verdict:
+    value = _factor(a, case)
+    if value >= high and max(a.n, case.tally.calls) >= calls:
+        return Severity.HIGH, f"{what} {factor(value)} (high from {factor(high)} over {calls} calls)"
+    return (Severity.MEDIUM if value >= 1.3 else Severity.LOW), f"{what} {factor(value)}"
+
+
+def _excess_usd_per_min(case: Case) -> float:
+    if case.factor <= 1.0:
+        return 0.0
+    return case.tally.usd_per_min_now * (1.0 - 1.0 / case.factor)
+
+
+def _tokens(a: Anomaly, case: Case, s: SeveritySettings) -> Verdict:
+    value, extra = _factor(a, case), _excess_usd_per_min(case)
+    if value >= s.token_factor_high and max(a.n, case.tally.calls) >= s.token_calls_high:
+        return Severity.HIGH, f"tokens per call {factor(value)} (high from {factor(s.token_factor_high)})"
+    if extra >= s.excess_usd_per_min_high:
+        return (
+            Severity.HIGH,
+            f"{usd(extra)}/min more than expected (high from {usd(s.excess_usd_per_min_high)}/min)",
+        )
+    if value >= s.token_factor_medium:
+        return Severity.MEDIUM, f"tokens per call {factor(value)}"
+    return Severity.LOW, f"tokens per call {factor(value)}"
+
+
+def _cost(a: Anomaly, case: Case, s: SeveritySettings) -> Verdict:
+    extra = _excess_usd_per_min(case)
+    if extra >= s.excess_usd_per_min_high:
+        return (
+            Severity.HIGH,
+            f"{usd(extra)}/min more than expected (high from {usd(s.excess_usd_per_min_high)}/min)",
+        )
+    value = _factor(a, case)
+    return (
+        Severity.MEDIUM if value >= 1.5 else Severity.LOW
+    ), f"cost {factor(value)}, {usd(extra)}/min more than expected"
+
+
+def _agent(a: Anomaly, s: SeveritySettings, velocity: float) -> Verdict:
+    told = a.evidence.get("usd_per_min")
+    velocity = max(velocity, float(told) if isinstance(told, int | float) else 0.0)
+    if a.signal == "agent.loop":
+        if velocity >= s.loop_usd_per_min_high:
+            return (
+                Severity.HIGH,
+                f"a confirmed loop at {usd(velocity)}/min (high from {usd(s.loop_usd_per_min_high)}/min)",
+            )
+        return Severity.MEDIUM, f"a confirmed loop, but only {usd(velocity)}/min"
+    if velocity >= s.spend_usd_per_min_high and a.signal == "agent.spend":
+        return (
+            Severity.HIGH,
+            f"{usd(velocity)}/min in one run (high from {usd(s.spend_usd_per_min_high)}/min)",
+        )
+    return Severity.MEDIUM, f"an agent run departs from others ({a.signal.removeprefix('agent.')})"
+
+
+def _gpu(a: Anomaly) -> Verdict:
+    if a.signal != "gpu.fault":
+        return Severity.MEDIUM, "the GPU is slower than it should be"
+    if a.klass.lower() in _HARMLESS_GPU:
+        return Severity.MEDIUM, "a GPU error that the workload causes by itself"
+    return Severity.HIGH, "a GPU failed: what runs on it is lost or wrong"

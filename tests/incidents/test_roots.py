@@ -1,0 +1,234 @@
+"""What is blamed: one test, one fault."""
+
+from __future__ import annotations
+
+import pytest
+
+from flyball.core.events import Change
+from flyball.core.incident import Severity
+from tests.incidents._estate import T0, Calls, Lab, W, anomaly, traffic
+
+
+def test_provider_that_fails_for_everyone_is_the_root_and_pages_once() -> None:
+    lab = Lab()
+    lab.quiet(12)
+    ill = traffic(fails=0.6, where={"provider": "b"}, n=5)
+    lab.step(
+        ill,
+        lab.on("llm.errors", "overloaded", provider="b"),
+        lab.on("llm.errors", "overloaded", provider="b", model="b-large"),
+        lab.on("llm.errors", "overloaded", app="bot"),
+        lab.on("llm.errors", "server_error", provider="b"),
+        lab.on("llm.latency", app="search"),
+    )
+    incident = lab.only()
+    assert str(incident.root) == "provider:b"
+    assert incident.scope == {"provider": "b"}
+    assert (incident.severity, incident.page) == (Severity.HIGH, True)
+    assert incident.title.startswith("b: 60 % of calls fail (overloaded) since 22:15")
+    best = incident.candidates[0]
+    assert "3 of 3 models fail" in best.facts_for
+    assert "2 of 2 regions fail" in best.facts_for
+    assert incident.confidence > 0.8
+    assert incident.impact.n_tenants == 6
+    assert incident.impact.failed_calls == 540 * 3 // 5
+    assert incident.samples
+    assert lab.paged == [incident.id]
+
+
+@pytest.mark.parametrize(
+    ("where", "klass", "labels", "root", "scope"),
+    [
+        ({"provider": "b", "model": "b-large"}, "overloaded", {"provider": "b"}, "model:b-large", {"provider": "b", "model": "b-large"}),
+        ({"provider": "b", "region": "eu"}, "server_error", {"provider": "b"}, "region:eu", {"provider": "b", "region": "eu"}),
+        ({"tenant": "t3"}, "auth", {"tenant": "t3"}, "tenant:t3", {"tenant": "t3"}),
+        ({"tenant": "t3"}, "auth", {"provider": "b"}, "tenant:t3", {"tenant": "t3"}),
+        ({"provider": "b"}, "quota_exhausted", {"app": "bot"}, "provider:b", {"provider": "b"}),
+        ({"app": "bot"}, "bad_request", {"app": "bot"}, "prompt_version:bot@v1", {"prompt": "bot@v1"}),
+    ],
+)  # fmt: skip
+def test_root_is_what_explains_most_with_least(
+    where: dict[str, str], klass: str, labels: dict[str, str], root: str, scope: dict[str, str]
+) -> None:
+    lab = Lab()
+    lab.quiet(12)
+    lab.step(traffic(fails=0.8, klass=klass, where=where, n=5), lab.on("llm.errors", klass, **labels))
+    incident = lab.only()
+    assert (str(incident.root), incident.scope) == (root, scope)
+    assert incident.page
+
+
+def test_every_provider_failing_together_makes_us_suspect_ourselves() -> None:
+    lab = Lab()
+    lab.quiet(12)
+    lab.step(
+        traffic(fails=0.5, klass="connection", where={}),
+        lab.on("llm.errors", "connection", provider="a"),
+        lab.on("llm.errors", "connection", provider="b"),
+    )
+    incident = lab.only()
+    assert str(incident.root) == "stream:egress"
+    assert incident.severity is Severity.CRITICAL
+    assert (
+        incident.title
+        == "all providers fail together (connection) since 22:15: suspect our own egress, DNS or release"
+    )
+
+
+def test_bad_requests_of_one_app_at_every_provider_are_not_our_egress() -> None:
+    lab = Lab()
+    lab.quiet(12)
+    lab.step(
+        traffic(fails=0.9, klass="server_error", where={"app": "batch"}, n=10),
+        lab.on("llm.errors", "server_error", provider="a"),
+        lab.on("llm.errors", "server_error", app="batch"),
+    )
+    assert lab.only().root.kind in ("app", "prompt_version", "team")
+
+
+def test_new_prompt_version_that_doubles_the_tokens_is_the_root() -> None:
+    lab = Lab()
+    lab.quiet(12)
+    grown = [
+        *traffic(without={"app": "bot"}),
+        *_with_prompt(traffic(tokens=2.0, where={"app": "bot"}), "bot", "bot@v2"),
+    ]
+    lab.feed(Change(at=lab.now, kind="prompt", summary="bot v2", labels={"prompt": "bot@v2"}))
+    lab.step(
+        grown,
+        anomaly(
+            "llm.input_tokens",
+            {"app": "bot", "prompt": "bot@v2"},
+            lab.now,
+            observed=2000,
+            expected=1000,
+            impact=0.5,
+        ),
+        anomaly("llm.input_tokens", {"app": "bot"}, lab.now, observed=2000, expected=1000, impact=0.5),
+        anomaly("llm.cost", {"app": "bot"}, lab.now, observed=0.02, expected=0.01, impact=0.5),
+    )
+    incident = lab.only()
+    assert str(incident.root) == "prompt_version:bot@v2"
+    assert incident.title.startswith("bot@v2: input tokens per call ×2.0")
+    assert incident.changes[0].summary == "bot v2"
+    assert incident.page
+
+
+def _with_prompt(cells: list, app: str, prompt: str) -> list:  # type: ignore[type-arg]
+    for c in cells:
+        if c.labels["app"] == app:
+            c.labels["prompt"] = prompt
+    return [c for c in cells if c.labels["app"] == app]
+
+
+def test_slow_provider_is_blamed_for_slow_apps() -> None:
+    lab = Lab()
+    lab.quiet(12)
+    lab.step(
+        traffic(slow=3.0, where={"provider": "a"}),
+        anomaly("llm.latency", {"app": "bot"}, lab.now, observed=4.0, expected=2.0, n=500),
+        anomaly("llm.latency", {"provider": "a"}, lab.now, observed=6.0, expected=2.0, n=900),
+        anomaly("llm.ttft", {"provider": "a"}, lab.now, observed=3.0, expected=1.0, n=900),
+    )
+    incident = lab.only()
+    assert str(incident.root) == "provider:a"
+    assert "take ×3.0 as long" in incident.title
+    assert lab.paged == [incident.id]
+
+
+def test_app_that_multiplies_its_calls_is_blamed_for_the_rate_limits() -> None:
+    lab = Lab()
+    lab.quiet(12)
+    storm = traffic(times=8, where={"app": "batch", "provider": "b"}, fails=0.7, klass="rate_limited")
+    lab.step(
+        storm,
+        lab.on("llm.errors", "rate_limited", provider="b"),
+        lab.on("llm.errors", "rate_limited", app="batch"),
+    )
+    incident = lab.only()
+    assert incident.root.kind == "app", incident.candidates
+    assert incident.root.name == "batch"
+    assert lab.paged == [incident.id]
+
+
+def test_tenant_whose_key_is_refused_is_not_part_of_an_outage_that_is_on() -> None:
+    lab = Lab()
+    lab.quiet(12)
+    ill = traffic(fails=0.6, where={"provider": "b"}, n=5)
+    first = lab.on("llm.errors", "overloaded", provider="b")
+    lab.step(ill, first)
+    both = [c for c in ill if c.labels["tenant"] != "t3"] + [
+        Calls(5, {"auth": 5}, labels=c.labels) for c in ill if c.labels["tenant"] == "t3"
+    ]
+    lab.step(both, lab.again(first), lab.on("llm.errors", "auth", tenant="t3"))
+    assert [str(i.root) for i in lab.open] == ["provider:b", "tenant:t3"]
+
+
+def test_two_failing_gpus_of_one_node_are_the_node() -> None:
+    lab = Lab()
+    lab.step(None, _xid("g1"), _xid("g2"))
+    incident = lab.only()
+    assert str(incident.root) == "node:n1"
+    assert lab.paged == [incident.id]
+
+
+def test_one_failing_gpu_is_the_gpu() -> None:
+    lab = Lab()
+    lab.step(None, _xid("g1"))
+    assert str(lab.only().root) == "gpu:g1"
+    assert lab.only().title == "gpu g1 on n1: GPU fault (XID 79) since 22:13"
+
+
+def _xid(gpu: str):  # type: ignore[no-untyped-def]
+    return anomaly(
+        "gpu.fault",
+        {"gpu": gpu, "node": "n1"},
+        T0,
+        klass="restart_bm",
+        observed=1,
+        expected=0,
+        evidence={"xid": 79},
+    )
+
+
+def test_third_looping_run_of_an_agent_makes_the_agent_the_root() -> None:
+    lab = Lab()
+    loops = [
+        anomaly("agent.loop", {"run": f"r{i}", "agent": "coder", "app": "bot"}, T0, klass="repeat", n=12)
+        for i in range(3)
+    ]
+    lab.step(None, loops[0])
+    assert str(lab.only().root) == "run:r0"
+    lab.step(None, loops[1])
+    assert str(lab.only().root) == "run:r0"
+    lab.step(None, loops[2])
+    assert str(lab.only().root) == "agent:coder"
+    assert len(lab.opened) == len(lab.paged) == 1
+
+
+def test_outage_that_widens_keeps_its_incident_and_does_not_page_again() -> None:
+    lab = Lab()
+    lab.quiet(12)
+    one = lab.on("llm.errors", "overloaded", provider="b", model="b-large")
+    lab.step(traffic(fails=0.8, where={"model": "b-large"}, n=5), one)
+    first = lab.only()
+    assert str(first.root) == "model:b-large"
+    for _ in range(4):
+        every = lab.on("llm.errors", "overloaded", provider="b")
+        lab.step(traffic(fails=0.8, where={"provider": "b"}, n=5), lab.again(one), every)
+    assert str(lab.only().root) == "provider:b"
+    assert lab.only().id == first.id
+    assert lab.paged == [first.id]
+    assert any("root is now provider:b, was model:b-large" in c.reason for c in lab.changes)
+
+
+def test_without_any_window_the_labels_name_the_root() -> None:
+    lab = Lab()
+    lab.feed(anomaly("llm.errors", {"provider": "b", "model": "m"}, T0, klass="overloaded"))
+    assert str(lab.only().root) == "provider:b"
+
+
+def test_share_of_time_is_event_time() -> None:
+    lab = Lab()
+    lab.quiet(2)
+    assert lab.now == T0 + 2 * W
