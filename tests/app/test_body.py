@@ -7,9 +7,10 @@ import zlib
 
 import pytest
 import zstandard
-from flyball.app.http.body import BodyError, decompress
 from hypothesis import given
 from hypothesis import strategies as st
+
+from flyball.app.http.body import BodyError, decompress
 
 LIMIT = 1 << 20
 
@@ -39,10 +40,12 @@ def test_a_bomb_is_refused_without_being_blown_up(bomb: bytes, encoding: str) ->
 
 @given(st.binary(min_size=1, max_size=200), st.sampled_from(["gzip", "zstd", "deflate"]))
 def test_damaged_bodies_are_the_senders_error(body: bytes, encoding: str) -> None:
+    status = 200
     try:
         decompress(body, encoding, LIMIT)
     except BodyError as e:
-        assert e.status in (400, 413)
+        status = e.status
+    assert status in (200, 400, 413)
 
 
 def test_a_body_cut_on_its_way_is_named_so() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
-from flyball.app.scrub import scrub
 from hypothesis import given
 from hypothesis import strategies as st
+
+from flyball.app.scrub import scrub
 
 SECRET = "the patient said"
 

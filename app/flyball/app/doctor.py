@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import httpx
-from flyball.runbooks.loader import load_runbooks
 
 from flyball.app.settings import Settings, load
 from flyball.app.store import store
 from flyball.app.store.sqlite import has_wal_reset_fault, open_reader
 from flyball.app.wiring import database_path
 from flyball.core.errors import ConfigError
+from flyball.remediation import actions
+from flyball.runbooks.loader import load_runbooks
 
 _LOW_DISK_BYTES: Final = 2 << 30
 _MANY_DUPLICATES: Final = 0.05
@@ -60,7 +61,7 @@ def _sqlite() -> Finding:
 
 def _runbooks(settings: Settings) -> Iterator[Finding]:
     try:
-        found = load_runbooks(settings.runbooks)
+        found = load_runbooks(settings.runbooks, actions=actions.registry())
     except ConfigError as e:
         yield Finding(
             "runbooks", "bad", str(e), "correct the file named; a running Flyball keeps the set it has"

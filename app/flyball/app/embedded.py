@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 import structlog
@@ -58,6 +58,24 @@ class Command(msgspec.Struct, frozen=True):
     until: float | None = None
 
 
+class Alerts(Protocol):
+    """Turns an incident's change into rows of the outbox. `told`: incident id → channels that had something of it."""
+
+    told: dict[str, set[str]]
+
+    def __call__(self, change: IncidentChange) -> list[OutboxRow]: ...
+
+
+class NoAlerts:
+    """Tells nobody."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, set[str]] = {}
+
+    def __call__(self, change: IncidentChange) -> list[OutboxRow]:
+        return []
+
+
 @dataclass(slots=True)
 class Append:
     """One record on its way into the log."""
@@ -73,6 +91,14 @@ class Append:
     done: Future[int] = field(default_factory=Future)
 
 
+@dataclass(slots=True)
+class Work:
+    """Something to do on the writer's connection, in the transaction of whatever else is due."""
+
+    run: Callable[[Connection], object]
+    done: Future[None] = field(default_factory=Future)
+
+
 @dataclass(frozen=True, slots=True)
 class _Ready:
     position: int
@@ -80,6 +106,25 @@ class _Ready:
     n: int
     size: int
     received_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the stages thread publishes after each micro-batch. `totals` is stored too, and survives a restart."""
+
+    totals: dict[str, Any]
+    stage_seconds: dict[str, float]
+    clock_skew_s: dict[str, float]
+    waiting: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, p: Pipeline) -> Figures:
+        stats = p.windows.stats
+        totals = p.counters.as_dict() | {
+            "duplicates": p.duplicates, "late": stats.late, "clamped": stats.clamped_future, "overflowed": stats.overflowed,
+            "watermark": p.watermark, "disabled": dict(p.disabled),
+        }  # fmt: skip
+        return cls(totals, dict(p.stage_seconds), stats.skew_s, p.waiting())
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +148,8 @@ class Embedded:
         make_pipeline: called once at start; the pipeline is fed by the stages thread alone.
         path: of the database file.
         clock: wall time.
-        alerts: turns an incident's change into rows of the outbox; pure.
+        alerts: turns an incident's change into rows of the outbox.
+        listener: hears what each record led to, on the stages thread, before it is stored; for watching, not for acting.
         snapshot_every_s: seconds between snapshots; a restart re-reads at most that much of the log.
     """
 
@@ -113,7 +159,8 @@ class Embedded:
         path: Path,
         clock: Clock,
         *,
-        alerts: Callable[[IncidentChange], list[OutboxRow]] = lambda _change: [],
+        alerts: Alerts | None = None,
+        listener: Callable[[Emissions], None] = lambda _said: None,
         limits: Limits | None = None,
         retention: Retention | None = None,
         snapshot_every_s: float = 30.0,
@@ -123,15 +170,15 @@ class Embedded:
         self.clock = clock
         self.board = DirectiveBoard(clock)
         self.pipeline = make_pipeline()
-        self._alerts = alerts
+        self._figures = Figures.of(self.pipeline)
+        self._alerts = alerts or NoAlerts()
+        self._listener = listener
         self._limits = limits or Limits()
         self._retention = retention or Retention()
         self._snapshot_every_s = snapshot_every_s
         self._writer_engine = open_writer(path, synchronous)
         self.reader = open_reader(path)
-        self._jobs: queue.SimpleQueue[Append | Commit | Callable[[Connection], None] | None] = (
-            queue.SimpleQueue()
-        )
+        self._jobs: queue.SimpleQueue[Append | Commit | Work | None] = queue.SimpleQueue()
         self._pending_bytes = 0
         self._pending_lock = threading.Lock()
         self._ready: deque[_Ready] = deque()
@@ -158,8 +205,10 @@ class Embedded:
             self._backlog_bytes = store.backlog_bytes(c, self._position)
             edge = store.edge(c)
             saved = store.newest_snapshot(c)
+            self._alerts.told = store.channels_told(c)
         self.rejected, self.received = Counter(edge["rejected"]), Counter(edge["received"])
         self._recover(saved)
+        self._figures = Figures.of(self.pipeline)
         self.board.put(self.pipeline.directives())
         self._snapshot_at = self.clock.now()
         self._threads = [
@@ -202,8 +251,9 @@ class Embedded:
         events: list[Event],
         sender: str,
         received_at: float,
-        dead: Sequence[DeadLetter] = (),
         *,
+        format: str = "native",
+        dead: Sequence[DeadLetter] = (),
         patient: bool = True,
     ) -> Future[int]:
         """Appends what one body held. The future resolves to its position after the commit.
@@ -232,21 +282,21 @@ class Embedded:
             Append("enforced", report.point, report.at, msgspec.msgpack.encode(report), report)
         )
 
-    def write(self, work: Callable[[Connection], None]) -> None:
+    def write(self, work: Callable[[Connection], object]) -> Future[None]:
         """Runs `work` on the writer's connection with the next commit: outbox receipts and the like."""
-        self._jobs.put(work)
+        job = Work(work)
+        self._jobs.put(job)
+        return job.done
 
     def trim(self) -> None:
         now, r = self.clock.now(), self._retention
         self.write(
-            lambda c: _discard(
-                store.trim(
-                    c,
-                    log_before=now - r.log_s,
-                    log_bytes=r.log_bytes,
-                    dead_before=now - r.dead_letters_s,
-                    limit=5000,
-                )
+            lambda c: store.trim(
+                c,
+                log_before=now - r.log_s,
+                log_bytes=r.log_bytes,
+                dead_before=now - r.dead_letters_s,
+                limit=5000,
             )
         )
 
@@ -282,9 +332,7 @@ class Embedded:
                 if len(wanted) < len(jobs):
                     return
 
-    def _store(
-        self, connection: Connection, jobs: Sequence[Append | Commit | Callable[[Connection], None]]
-    ) -> None:
+    def _store(self, connection: Connection, jobs: Sequence[Append | Commit | Work]) -> None:
         """One transaction for all jobs; only afterwards is anything acknowledged, shown or handed to the stages."""
         appends = [j for j in jobs if isinstance(j, Append)]
         dead = [d for a in appends for d in a.dead]
@@ -306,9 +354,12 @@ class Embedded:
             for job in jobs:
                 if isinstance(job, Commit):
                     store.apply_commit(connection, job)
-                elif not isinstance(job, Append):
-                    job(connection)
+                elif isinstance(job, Work):
+                    job.run(connection)
         self._after_commit(appends, rows, [j for j in jobs if isinstance(j, Commit)])
+        for job in jobs:
+            if isinstance(job, Work):
+                job.done.set_result(None)
 
     def _after_commit(
         self, appends: Sequence[Append], rows: Sequence[LogRow], commits: Sequence[Commit]
@@ -350,7 +401,8 @@ class Embedded:
             position = commit.position
             if commit.at - self._snapshot_at >= self._snapshot_every_s:
                 commit.snapshot, self._snapshot_at = self.pipeline.snapshot(), commit.at
-            commit.counters = self.counters()
+            self._figures = Figures.of(self.pipeline)
+            commit.counters = self._figures.totals
             self._jobs.put(commit)
             with self._news:
                 self._backlog_bytes = max(0, self._backlog_bytes - size)
@@ -359,7 +411,7 @@ class Embedded:
                 position=position,
                 snapshot=self.pipeline.snapshot(),
                 at=self.clock.now(),
-                counters=self.counters(),
+                counters=Figures.of(self.pipeline).totals,
             )
         )
 
@@ -410,12 +462,13 @@ class Embedded:
             return Emissions()
 
     def _conclude(self, said: Emissions, commit: Commit) -> None:
+        self._listener(said)
         commit.changes += said.changes
-        commit.entries += [entry_of(i) for i in (*said.decisions, *said.directives, *said.outcomes)]
+        for item in (said.decisions, said.directives, said.outcomes):
+            commit.entries += map(entry_of, item)
         commit.directives += said.directives
         for change in said.changes:
-            if change.notify:
-                commit.outbox += self._alerts(change)
+            commit.outbox += self._alerts(change)
 
     def _recover(self, saved: tuple[int, bytes] | None) -> None:
         """State as of the stored position: the snapshot, and the log behind it read again in silence."""
@@ -431,12 +484,10 @@ class Embedded:
 
     # --- out ------------------------------------------------------------------------------------------------------
 
-    def counters(self) -> dict[str, Any]:
-        """Totals as of the newest processed record."""
-        p = self.pipeline
-        return p.counters.as_dict() | {
-            "duplicates": p.duplicates, "late": p.windows.stats.late, "watermark": p.watermark, "disabled": dict(p.disabled),
-        }  # fmt: skip
+    @property
+    def figures(self) -> Figures:
+        """How things stood after the newest processed stretch of the log; safe to read from any thread."""
+        return self._figures
 
     def lag(self) -> tuple[float, int]:
         """(seconds since the oldest record arrived that the stages have not read, bytes not read)."""
@@ -446,7 +497,13 @@ class Embedded:
 
     @property
     def position(self) -> int:
+        """Newest record whose consequences are stored."""
         return self._position
+
+    @property
+    def appended(self) -> int:
+        """Newest record that is durable."""
+        return self._appended
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:
@@ -472,7 +529,3 @@ def _payload(row: LogRow) -> Batch | float | Command | Enforced:
     if row.kind == "command":
         return msgspec.msgpack.decode(row.body, type=Command)
     return msgspec.msgpack.decode(row.body, type=Enforced)
-
-
-def _discard(_: object) -> None:
-    return None

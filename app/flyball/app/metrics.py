@@ -17,8 +17,9 @@ class RuntimeCollector:
         self._runtime = runtime
 
     def collect(self) -> Iterator[Metric]:
-        r, p = self._runtime, self._runtime.pipeline
-        c = p.counters
+        r = self._runtime
+        figures = r.figures
+        c = figures.totals
         yield _counter(
             "flyball_received_events", "Events decoded and appended, copies included.", "format", r.received
         )
@@ -28,46 +29,46 @@ class RuntimeCollector:
             "reason",
             r.rejected,
         )
-        yield _counter("flyball_events", "Events processed; each call counts once.", "type", c.events)
-        yield _counter("flyball_decisions", "Decisions about runbooks.", "decision", c.decisions)
-        yield _counter("flyball_action_outcomes", "What actions really did.", "outcome", c.outcomes)
-        yield _counter("flyball_stage_seconds", "Time spent in each stage.", "stage", p.stage_seconds)
-        stats = p.windows.stats
+        yield _counter("flyball_events", "Events processed; each call counts once.", "type", c["events"])
+        yield _counter("flyball_decisions", "Decisions about runbooks.", "decision", c["decisions"])
+        yield _counter("flyball_action_outcomes", "What actions really did.", "outcome", c["outcomes"])
+        yield _counter("flyball_stage_seconds", "Time spent in each stage.", "stage", figures.stage_seconds)
         for name, text, value in (
-            ("flyball_duplicate_calls", "Copies of calls that were already counted.", p.duplicates),
-            ("flyball_late_events", "Events whose window was closed; counted, in no window.", stats.late),
+            ("flyball_duplicate_calls", "Copies of calls that were already counted.", c["duplicates"]),
+            ("flyball_late_events", "Events whose window was closed; counted, in no window.", c["late"]),
             (
                 "flyball_clamped_events",
                 "Events from the future, set to their time of arrival.",
-                stats.clamped_future,
+                c["clamped"],
             ),
             (
                 "flyball_overflowed_events",
                 "Events counted in an `other` cell, because max_cells was reached.",
-                stats.overflowed,
+                c["overflowed"],
             ),
-            ("flyball_windows", "Windows closed.", c.windows),
-            ("flyball_anomalies", "Anomalies that began.", c.anomalies),
-            ("flyball_incidents", "Incidents opened.", c.incidents),
-            ("flyball_pages", "Pages: notifications that wake a person.", c.pages),
-            ("flyball_directives_granted", "Leases granted.", c.directives),
+            ("flyball_windows", "Windows closed.", c["windows"]),
+            ("flyball_anomalies", "Anomalies that began.", c["anomalies"]),
+            ("flyball_incidents", "Incidents opened.", c["incidents"]),
+            ("flyball_pages", "Pages: notifications that wake a person.", c["pages"]),
+            ("flyball_directives_granted", "Leases granted.", c["directives"]),
         ):
             metric = CounterMetricFamily(name, text)
             metric.add_metric([], float(value))
             yield metric
         lag_s, size = r.lag()
         now = r.clock.now()
-        for name, text, value in (
+        gauges: tuple[tuple[str, str, float], ...] = (
             ("flyball_lag_seconds", "Age of the oldest record that the stages have not read.", lag_s),
             ("flyball_lag_bytes", "Bytes of the log that the stages have not read.", size),
             (
                 "flyball_watermark_delay_seconds",
                 "How far the watermark is behind the clock.",
-                max(0.0, now - p.watermark) if p.watermark else 0,
+                max(0.0, now - c["watermark"]) if c["watermark"] else 0.0,
             ),
             ("flyball_live_directives", "Leases in force.", len(r.board.read()[1])),
-            ("flyball_disabled_detectors", "Detectors switched off because they raised.", len(p.disabled)),
-        ):
+            ("flyball_disabled_detectors", "Detectors switched off because they raised.", len(c["disabled"])),
+        )
+        for name, text, value in gauges:
             yield GaugeMetricFamily(name, text, value=float(value))
 
 

@@ -9,32 +9,34 @@ records, restored, gives the same emissions for every record after it.
 
 from __future__ import annotations
 
-from collections import Counter
+import traceback
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import msgspec
 import structlog
-from flyball.incidents.correlator import Correlator
-from flyball.remediation.executor import Executor
-from flyball.runbooks.loader import RunbookSet
-from flyball.runbooks.planner import Planner
-from flyball.streams.dedup import Deduplicator
-from flyball.streams.windows import Windows, WindowSettings
 
 from flyball.core.anomaly import Anomaly
 from flyball.core.codec import pack_state, unpack_state
 from flyball.core.columns import Window
-from flyball.core.directives import Directive, Enforced
+from flyball.core.directives import Decision, Directive, DirectiveChange, Enforced, Verdict
 from flyball.core.estate import Emissions
 from flyball.core.events import TYPE_NAMES, Batch, Change, Event
-from flyball.core.incident import IncidentChange
-from flyball.core.ports import EventDetector, WindowDetector
+from flyball.core.incident import IncidentChange, State
+from flyball.core.plans import Plan
 from flyball.detectors import default_detectors
 from flyball.detectors._budget import PageBudget
 from flyball.detectors._episodes import CoolDown
+from flyball.incidents.correlator import Correlator
 from flyball.incidents.settings import IncidentSettings
+from flyball.remediation.executor import Executor
 from flyball.runbooks.estate import LiveEstate
+from flyball.runbooks.loader import RunbookSet
+from flyball.runbooks.planner import Planner
+from flyball.streams.dedup import Deduplicator
+from flyball.streams.windows import Windows, WindowSettings
 
 _log = structlog.get_logger(__name__)
 _STATE_VERSION = 1
@@ -91,15 +93,17 @@ class Pipeline:
     def __init__(self, config: PipelineConfig, *, timer: Callable[[], float] | None = None) -> None:
         self.config = config
         self.counters = Counters()
-        self.stage_seconds: Counter[str] = Counter()
+        self.stage_seconds: defaultdict[str, float] = defaultdict(float)
         self.disabled: dict[str, str] = {}
+        self._now = 0.0
+        self._waiting: dict[str, Plan] = {}
         self._timer = timer
         self._dedup = Deduplicator()
         self.windows = Windows(config.windows)
         budget = PageBudget(config.false_pages_per_week)
         detectors = default_detectors(budget)
-        self._on_events = [cast(EventDetector, d) for d in detectors if d.reads == "events"]
-        self._on_windows = [cast(WindowDetector, d) for d in detectors if d.reads == "windows"]
+        self._on_events = [d for d in detectors if d.reads == "events"]
+        self._on_windows = [d for d in detectors if d.reads == "windows"]
         self._cooldown = CoolDown(config.cooldown_s)
         self._correlator = Correlator(config.incidents)
         self._estate = LiveEstate()
@@ -110,6 +114,10 @@ class Pipeline:
 
     def feed(self, batch: Batch) -> Emissions:
         out = Emissions()
+        if batch.received_at is not None:
+            self._now = max(self._now, batch.received_at)
+        elif batch.events:
+            self._now = max(self._now, batch.events[-1].at)
         batch = self._timed("dedup", self._dedup.feed, batch)
         by_type: Counter[type] = Counter(map(type, batch.events))
         for kind, n in by_type.items():
@@ -122,6 +130,7 @@ class Pipeline:
 
     def tick(self, now: float) -> Emissions:
         """Lets time pass: windows that wait for silent senders close, leases expire, holds end."""
+        self._now = max(self._now, now)
         out = Emissions()
         for window in self._timed("windows", self.windows.tick, now):
             self._close(window, out)
@@ -133,7 +142,7 @@ class Pipeline:
         self._correlate(self._cooldown.feed(anomalies), out)
         changes = list(self._timed("correlate", self._correlator.tick, now))
         out.changes += changes
-        self._act(changes, now, out, ticking=True)
+        self._act(changes, out, ticking=True)
         return self._counted(out)
 
     def flush(self) -> Emissions:
@@ -155,14 +164,18 @@ class Pipeline:
     def enforced(self, report: Enforced) -> Emissions:
         """An enforcement point says what it holds: "granted" and "in force" are two things."""
         out = Emissions()
-        moved = self._executor.feed([report], self._estate, report.at)
-        self._sort_out(moved, report.at, out)
+        self._now = max(self._now, report.at)
+        self._sort_out(self._executor.feed([report], self._estate, self._now), out)
         return self._counted(out)
 
     # --- out ------------------------------------------------------------------------------------------------------
 
     def directives(self) -> Sequence[Directive]:
-        return self._executor.directives()
+        return self._executor.directives(self._now)
+
+    def waiting(self) -> list[dict[str, Any]]:
+        """Plans that a person may approve: suggested ones of incidents that are not over."""
+        return [msgspec.to_builtins(plan) for plan in self._waiting.values()]
 
     @property
     def duplicates(self) -> int:
@@ -170,12 +183,15 @@ class Pipeline:
 
     @property
     def watermark(self) -> float:
-        return self.windows.watermark
+        """Event time before which windows are closed; 0.0 before the first event."""
+        return max(0.0, self.windows.watermark)
 
     def snapshot(self) -> bytes:
         state = {
             "counters": self.counters.as_dict(),
             "disabled": self.disabled,
+            "now": self._now,
+            "waiting": self._waiting,
             "stages": {name: stage.snapshot() for name, stage in self._stages()},
         }
         return pack_state("pipeline", _STATE_VERSION, state)
@@ -185,6 +201,8 @@ class Pipeline:
         state = unpack_state(data, "pipeline", _STATE_VERSION)
         self.counters = Counters.from_dict(state["counters"])
         self.disabled = dict(state["disabled"])
+        self._now = state["now"]
+        self._waiting = msgspec.convert(state["waiting"], dict[str, Plan])
         saved = state["stages"]
         for name, stage in self._stages():
             if name in saved:  # a detector that was added since starts empty
@@ -195,8 +213,10 @@ class Pipeline:
     def _stages(self) -> Iterable[tuple[str, Any]]:
         yield "dedup", self._dedup
         yield "windows", self.windows
-        for d in (*self._on_events, *self._on_windows):
-            yield f"detector:{d.kind}", d
+        for on_events in self._on_events:
+            yield f"detector:{on_events.kind}", on_events
+        for on_windows in self._on_windows:
+            yield f"detector:{on_windows.kind}", on_windows
         yield "cooldown", self._cooldown
         yield "correlator", self._correlator
         yield "estate", self._estate
@@ -233,13 +253,14 @@ class Pipeline:
         out.anomalies += [i for i in items if isinstance(i, Anomaly)]
         changes = list(self._timed("correlate", self._correlator.feed, items))
         out.changes += changes
-        now = max(self._estate.now(), *(c.at for c in changes)) if changes else self._estate.now()
-        self._act(changes, now, out, ticking=False)
+        self._act(changes, out, ticking=False)
 
-    def _act(self, changes: list[IncidentChange], now: float, out: Emissions, *, ticking: bool) -> None:
+    def _act(self, changes: list[IncidentChange], out: Emissions, *, ticking: bool) -> None:
+        now = self._now
         planned = list(self._timed("plan", self._planner.feed, changes, self._estate, now)) if changes else []
         if ticking:
             planned += self._timed("plan", self._planner.tick, now, self._estate)
+        self._wait(planned, changes)
         decisions = [d for d, _ in planned]
         out.decisions += decisions
         orders: list[Any] = [*(p for _, p in planned if p is not None), *changes]
@@ -248,18 +269,33 @@ class Pipeline:
             moved += self._timed("execute", self._executor.tick, now, self._estate)
         if decisions:
             out.changes += self._correlator.feed(decisions)
-        self._sort_out(moved, now, out)
+        self._sort_out(moved, out)
 
-    def _sort_out(self, moved: Sequence[Any], now: float, out: Emissions) -> None:
+    def _wait(
+        self, planned: Sequence[tuple[Decision, Plan | None]], changes: Sequence[IncidentChange]
+    ) -> None:
+        """Keeps the newest plan of each runbook and incident that only a person can start."""
+        for decision, plan in planned:
+            key = f"{decision.incident}/{decision.runbook}"
+            if plan is not None and decision.decision is Verdict.SUGGEST:
+                self._waiting[key] = plan
+            else:
+                self._waiting.pop(key, None)
+        over = {c.incident.id for c in changes if c.incident.state is State.RESOLVED}
+        if over:
+            self._waiting = {k: p for k, p in self._waiting.items() if p.incident not in over}
+
+    def _sort_out(self, moved: Sequence[Any], out: Emissions) -> None:
         """What the executor did goes back to the incident it was done for, and to the planner's limits."""
         if not moved:
             return
         for item in moved:
-            (
-                out.directives if hasattr(item, "directive") and hasattr(item, "change") else out.outcomes
-            ).append(item)
+            if isinstance(item, DirectiveChange):
+                out.directives.append(item)
+            else:
+                out.outcomes.append(item)
         out.changes += self._correlator.feed(list(moved))
-        followed = list(self._planner.feed(list(moved), self._estate, now))
+        followed = list(self._planner.feed(list(moved), self._estate, self._now))
         out.decisions += [d for d, _ in followed]
 
     def _counted(self, out: Emissions) -> Emissions:
@@ -290,7 +326,13 @@ class Pipeline:
             return cast(Sequence[Anomaly], self._timed("detect", work, argument))
         except Exception as e:  # noqa: BLE001 - whatever a detector (also a third party's) raises must not stop the rest
             self.disabled[kind] = f"{type(e).__name__}: {e}"
-            _log.exception("detector.disabled", detector=kind, error=self.disabled[kind])
+            where = traceback.extract_tb(e.__traceback__)[-1]
+            _log.error(
+                "detector.disabled",
+                detector=kind,
+                error=self.disabled[kind],
+                at=f"{where.filename}:{where.lineno}",
+            )
             return ()
 
 

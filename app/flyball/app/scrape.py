@@ -8,12 +8,12 @@ from urllib.parse import urlsplit
 
 import httpx
 import structlog
+from flyball.streams.formats.prometheus import Prometheus
 
 from flyball.app.embedded import Embedded, Overloaded
 from flyball.app.settings import ScrapeTarget, Settings
 from flyball.core.errors import NotAccepted
 from flyball.streams.formats._options import FormatOptions
-from flyball.streams.formats.prometheus import Prometheus
 from flyball.streams.sources.scrape import scrape
 
 _log = structlog.get_logger(__name__)
@@ -33,7 +33,10 @@ async def _scrape_for_ever(runtime: Embedded, format: Prometheus, target: Scrape
             at = runtime.clock.now()
             try:
                 decoded = await scrape(
-                    client, target.url, target.timeout_s, lambda page, at=at: format.decode_at(page, at, name)  # type: ignore[misc]
+                    client,
+                    target.url,
+                    target.timeout_s,
+                    lambda page, at=at: format.decode_at(page, at, name),  # type: ignore[misc]
                 )
                 if decoded.events:
                     stored = runtime.ingest(decoded.events, f"scrape@{name}", at, format="prometheus")

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import logging
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Final
 
 import structlog
@@ -16,15 +17,17 @@ import uvicorn
 from flyball.app.clock import SystemClock, monotonic
 from flyball.app.embedded import Embedded, Limits, Overloaded, Retention
 from flyball.app.http.server import create_app
+from flyball.app.notify import AlertRouter, notifications
+from flyball.app.scrape import scrapes
 from flyball.app.settings import Settings
-from flyball.app.wiring import alert_rows, database_path, hash_key, make_formats, make_pipeline
+from flyball.app.wiring import database_path, hash_key, make_formats, make_pipeline
 
 _TICK_S: Final = 1.0
 _TRIM_S: Final = 60.0
 _log = structlog.get_logger(__name__)
 
 
-def configure_logging() -> None:
+def configure_logging(*, quiet: bool = False) -> None:
     """Logs to standard error: readable on a terminal, JSON elsewhere."""
     renderer = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
     structlog.configure(
@@ -34,7 +37,7 @@ def configure_logging() -> None:
             structlog.processors.format_exc_info,
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR if quiet else logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
 
@@ -46,7 +49,7 @@ def make_runtime(settings: Settings) -> Embedded:
         lambda: make_pipeline(settings, monotonic),
         database_path(settings.data),
         SystemClock(),
-        alerts=alert_rows(settings.notify),
+        alerts=AlertRouter(settings.notify),
         limits=Limits(limits.pending_bytes, limits.backlog_bytes, limits.memory_events),
         retention=Retention(kept.log_s, kept.log_bytes, kept.dead_letters_s),
         snapshot_every_s=settings.snapshot_every_s,
@@ -69,7 +72,7 @@ def serve(settings: Settings) -> int:
             app, host=settings.host, port=settings.port, log_level="warning", access_log=False, lifespan="on"
         )
     )
-    background.on_failure = lambda: setattr(server, "should_exit", True)
+    background.on_failure = partial(setattr, server, "should_exit", True)
     _log.info(
         "started", url=f"http://{settings.host}:{settings.port}", data=str(settings.data), mode=settings.mode,
         position=runtime.position,
@@ -89,12 +92,10 @@ class Background:
 
     def __init__(self, runtime: Embedded, settings: Settings) -> None:
         self._runtime, self._settings = runtime, settings
-        self.on_failure = lambda: None
+        self.on_failure: Callable[[], None] = _nothing
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[None]:
-        from flyball.app.notify import notifications
-        from flyball.app.scrape import scrapes
 
         async with asyncio.TaskGroup() as group:
             tasks = [
@@ -121,3 +122,7 @@ class Background:
             rounds += 1
             if rounds % int(_TRIM_S / _TICK_S) == 0:
                 self._runtime.trim()
+
+
+def _nothing() -> None:
+    """Until somebody wants to hear of a failure."""

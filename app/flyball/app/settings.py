@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,6 +15,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from flyball.core.errors import ConfigError, did_you_mean
 from flyball.remediation.notifiers import NotifySettings
+from flyball.remediation.notifiers._settings import with_secrets
 from flyball.streams.labels import LabelRules
 
 Mode = Literal["observe", "suggest", "approve", "auto"]
@@ -118,7 +120,6 @@ class Settings(BaseSettings):
     page_severity: Literal["low", "medium", "high", "critical"] = Field(
         "high", description="Least severity that wakes a person."
     )
-    owner: str = Field("", description="Default owner of incidents, shown in alerts.")
     labels: LabelRules = Field(
         default_factory=LabelRules, description="Where app, tenant, team, prompt version and run come from."
     )
@@ -176,7 +177,7 @@ def load(config: Path | None = None, **overrides: Any) -> Settings:
 
     Raises: ConfigError, one for all that is wrong.
     """
-    content: ClassVar[dict[str, Any]] = {}
+    content: dict[str, Any] = {}
     if config is not None:
         try:
             text = config.read_text()
@@ -192,15 +193,16 @@ def load(config: Path | None = None, **overrides: Any) -> Settings:
             raise ConfigError(f"is not YAML ({getattr(e, 'problem', e)})", where=f"{config}{at}") from e
         if not isinstance(loaded, dict):
             raise ConfigError("holds no settings; write `name: value` lines", where=str(config))
-        content = loaded
+        content = with_secrets(loaded, os.environ, str(config))
     given = {k: v for k, v in overrides.items() if v is not None}
-    _File.content = content
+    _File.content.clear()
+    _File.content.update(content)
     try:
         settings = Settings(**given)
     except ValidationError as e:
         raise ConfigError(_all_of(e, config, set(given), content)) from e
     finally:
-        _File.content = {}
+        _File.content.clear()
     if settings.host not in ("127.0.0.1", "::1", "localhost") and not settings.tokens:
         raise ConfigError(
             f"listening on {settings.host} needs `tokens`; set at least one, or listen on 127.0.0.1",

@@ -19,13 +19,12 @@ mode: suggest
 # How often Flyball may wake you in error, all series together.
 false_pages_per_week: 2
 page_severity: high
-owner: ""
 
 # Where alerts go. Slack, or anything that takes Slack's incoming webhooks:
 # notify:
 #   channels:
 #     - kind: slack
-#       url: https://hooks.example.com/services/...
+#       url: {env: SLACK_WEBHOOK_URL}       # secrets may come from variables
 
 # GPUs and inference servers:
 # scrape:

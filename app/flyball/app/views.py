@@ -23,7 +23,7 @@ def incident(i: Incident) -> dict[str, Any]:
         {"root": {"kind": c.entity.kind, "name": c.entity.name}, "confidence": c.confidence, "for": list(c.facts_for), "against": list(c.facts_against)}
         for c in i.candidates
     ]  # fmt: skip
-    return fixed | rest
+    return {**fixed, **rest}
 
 
 def incident_change(c: IncidentChange) -> dict[str, Any]:
@@ -56,4 +56,4 @@ def directive_change(c: DirectiveChange) -> dict[str, Any]:
 
 
 def outcome(o: Outcome) -> dict[str, Any]:
-    return {"type": "outcome"} | msgspec.to_builtins(o)
+    return {"type": "outcome", **msgspec.to_builtins(o)}

@@ -7,22 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
-from flyball.runbooks.loader import RunbookSet, load_runbooks
-from flyball.streams.formats._options import FormatOptions
-from flyball.streams.windows import WindowSettings
-
 from flyball.app.pipeline import Pipeline, PipelineConfig
 from flyball.app.settings import Settings
-from flyball.app.store.store import OutboxRow
 from flyball.core.errors import ConfigError
-from flyball.core.ids import short_id
-from flyball.core.incident import IncidentChange, Severity
+from flyball.core.incident import Severity
 from flyball.core.plugins import Registry
 from flyball.core.ports import Format
 from flyball.incidents.settings import IncidentSettings
-from flyball.remediation.notifiers import NotifySettings
+from flyball.remediation import actions
+from flyball.runbooks.loader import RunbookSet, load_runbooks
 from flyball.streams import formats as formats_package
+from flyball.streams.formats._options import FormatOptions
+from flyball.streams.windows import WindowSettings
 
 DATABASE_FILE: Final = "flyball.sqlite3"
 
@@ -36,11 +32,13 @@ def pipeline_config(settings: Settings, *, runbooks: RunbookSet | None = None) -
             max_delay_s=settings.max_delay_s,
             max_cells=settings.max_cells,
         ),
-        incidents=IncidentSettings(page_severity=Severity[settings.page_severity.upper()]),
+        incidents=IncidentSettings(page_at=Severity[settings.page_severity.upper()]),
         false_pages_per_week=settings.false_pages_per_week,
         cooldown_s=settings.cooldown_s,
         mode=settings.mode,
-        runbooks=runbooks if runbooks is not None else load_runbooks(settings.runbooks),
+        runbooks=runbooks
+        if runbooks is not None
+        else load_runbooks(settings.runbooks, actions=actions.registry()),
     )
 
 
@@ -76,32 +74,6 @@ def hash_key(settings: Settings, *, keep: bool = True) -> bytes:
                 f"cannot be written ({e.strerror}); set `data` to a folder that can", where=str(path)
             ) from e
     return key
-
-
-def alert_rows(settings: NotifySettings, owner: str) -> Callable[[IncidentChange], list[OutboxRow]]:
-    """Which channels hear of a change; their messages are rendered when they are sent."""
-
-    def rows(change: IncidentChange) -> list[OutboxRow]:
-        i = change.incident
-        if i.silenced_until is not None and i.silenced_until > change.at:
-            return []
-        body = msgspec.json.encode(change)
-        return [
-            OutboxRow(
-                id=short_id("MSG", i.id, i.revision, channel.name, length=14),
-                incident=i.id,
-                revision=i.revision,
-                channel=channel.name,
-                created_at=change.at,
-                due_at=0.0,
-                why=change.reason,
-                body=body,
-            )
-            for channel in settings.channels
-            if channel.wants(change, owner)
-        ]
-
-    return rows
 
 
 def database_path(data: Path) -> Path:

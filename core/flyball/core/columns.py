@@ -25,6 +25,7 @@ BASE_LABELS: Final[tuple[str, ...]] = (
 SUMS: Final[tuple[str, ...]] = (
     "input_tokens", "output_tokens", "cache_read_tokens", "reasoning_tokens", "cost_usd", "latency_s", "ttft_s",
     "log_input_tokens", "log_output_tokens", "log2_input_tokens", "log2_output_tokens", "log_latency_s", "log2_latency_s",
+    "log_ttft_s", "log2_ttft_s",
 )
 """Columns of `Rollup.sums`. `log_x` is the sum of ln(x), `log2_x` of ln(x)², over calls where x > 0 was reported."""
 

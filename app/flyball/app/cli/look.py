@@ -30,13 +30,11 @@ def add_to(app: typer.Typer) -> None:
     incident.command("list")(incident_list)
     incident.command("show")(incident_show)
     for kind, help_text in (
-        ("acknowledge", "Says that somebody looks after it."),
+        ("ack", "Says that somebody looks after it."),
         ("resolve", "Ends it by a person's word."),
         ("reopen", "Takes a resolved one up again."),
     ):
-        incident.command(kind if kind != "acknowledge" else "ack", help=help_text + _examples(kind))(
-            _commander(kind)
-        )
+        incident.command(kind, help=help_text + _examples(kind))(_commander(kind))
     incident.command("silence")(incident_silence)
     app.add_typer(incident, name="incident")
     ledger = typer.Typer(help="The durable record of every decision and action.", no_args_is_help=True)
@@ -49,8 +47,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _examples(kind: str) -> str:
-    word = "ack" if kind == "acknowledge" else kind
-    return f"\n\nExamples:\n\n  flyball incident {word} INC-7QF3XK2A\n\n  flyball incident {word} INC-7QF3XK2A --url http://127.0.0.1:4390"
+    return f"\n\nExamples:\n\n  flyball incident {kind} INC-7QF3XK2A\n\n  flyball incident {kind} INC-7QF3XK2A --url http://127.0.0.1:4390"
 
 
 @contextmanager

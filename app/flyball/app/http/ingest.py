@@ -55,7 +55,7 @@ class Ingest:
         )
         if decoded.events or decoded.rejected:
             now = self.runtime.clock.now()
-            sender = f"{who}@{request.client.host if request.client else '-'}"
+            sender = f"{who}@{_peer(request)}"
             stored = self.runtime.ingest(
                 decoded.events,
                 sender,
@@ -82,6 +82,12 @@ class Ingest:
             members = list(group)
             letters.append(letter(members[0], b"\n".join(scrub(m.data) for m in members), len(members)))
         return letters
+
+
+def _peer(request: Request) -> str:
+    """Who sends, for its watermark: a name it gives itself (several exporters behind one address), else its address."""
+    named = request.headers.get("x-flyball-sender", "")
+    return named[:128] if named else request.client.host if request.client else "-"
 
 
 def router(ingest: Ingest) -> APIRouter:

@@ -22,7 +22,7 @@ from flyball.core.incident import State
 class CommandBody(BaseModel):
     """A person's word about an incident."""
 
-    kind: Literal["acknowledge", "resolve", "silence", "reopen"]
+    kind: Literal["ack", "resolve", "silence", "reopen"]
     for_s: float = Field(3600.0, gt=0, le=7 * 86_400, description="How long a silence lasts, seconds.")
 
 
@@ -40,13 +40,13 @@ def status(runtime: Embedded) -> dict[str, Any]:
     with runtime.reader.connect() as c:
         incidents = store.incident_counts(c)
     return assemble_status(
-        runtime.counters(),
+        runtime.figures.totals,
         dict(runtime.rejected),
         incidents,
         runtime.position,
-        runtime.lag(),
+        *runtime.lag(),
         len(runtime.board.read()[1]),
-    ) | {"clock_skew": runtime.pipeline.windows.stats.skewed_senders(), "ready": runtime.ready}
+    ) | {"clock_skew": runtime.figures.clock_skew_s, "ready": runtime.ready}
 
 
 def assemble_status(
@@ -156,7 +156,7 @@ def router(runtime: Embedded, auth: Auth) -> APIRouter:
     @r.get("/v1/approvals", summary="Plans that wait for a person")
     async def approvals(request: Request) -> Response:
         auth.check(request, "operate")
-        return JSONResponse(runtime.pipeline.waiting())
+        return JSONResponse(runtime.figures.waiting)
 
     @r.get("/v1/dead-letters", summary="What could not be taken, newest first")
     async def dead_letters(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
@@ -173,7 +173,7 @@ def router(runtime: Embedded, auth: Auth) -> APIRouter:
 
 def _refusal(kind: str, state: State) -> str:
     resolved = state is State.RESOLVED
-    if resolved and kind in ("acknowledge", "resolve", "silence"):
+    if resolved and kind in ("ack", "resolve", "silence"):
         return f"the incident is resolved; {kind} works on open ones"
     if not resolved and kind == "reopen":
         return f"the incident is {state.value}; only a resolved one can be reopened"

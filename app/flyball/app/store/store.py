@@ -154,17 +154,6 @@ def apply_commit(c: Connection, commit: Commit) -> None:
     for moved in commit.directives:
         _put_directive(c, moved)
     for row in commit.outbox:
-        # A newer state of the same incident makes an unsent older one pointless.
-        c.execute(
-            update(outbox)
-            .where(
-                outbox.c.incident == row.incident,
-                outbox.c.channel == row.channel,
-                outbox.c.state == "pending",
-            )
-            .where(outbox.c.revision < row.revision)
-            .values(state="superseded")
-        )
         values = {k: getattr(row, k) for k in OutboxRow.__slots__} | {"state": "pending", "receipt": ""}
         c.execute(upsert(outbox).values(values).on_conflict_do_nothing())
     if commit.snapshot is not None:
@@ -402,27 +391,47 @@ def list_dead_letters(c: Connection, limit: int = 100) -> list[dict[str, Any]]:
     return [dict(zip(names, r, strict=True)) for r in rows]
 
 
-def due_outbox(c: Connection, now: float, limit: int) -> list[OutboxRow]:
-    t = outbox.c
+def due_outbox(c: Connection, now: float, limit: int) -> list[tuple[OutboxRow, str]]:
+    """Rows whose time has come, oldest first, each with the last receipt of its incident and channel."""
+    t, sent = outbox.c, outbox.alias()
+    receipt = (
+        select(sent.c.receipt)
+        .where(sent.c.incident == t.incident, sent.c.channel == t.channel, sent.c.receipt != "")
+        .order_by(sent.c.revision.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
     rows = c.execute(
-        select(t.id, t.incident, t.revision, t.channel, t.created_at, t.due_at, t.why, t.body, t.attempts)
+        select(
+            t.id, t.incident, t.revision, t.channel, t.created_at, t.due_at, t.why, t.body, t.attempts,
+            func.coalesce(receipt, ""),
+        )
         .where(t.state == "pending", t.due_at <= now)
         .order_by(t.created_at, t.id)
         .limit(limit)
-    )
-    return [OutboxRow(*r) for r in rows]
+    )  # fmt: skip
+    return [(OutboxRow(*r[:-1]), r[-1]) for r in rows]
 
 
-def mark_outbox(
-    c: Connection, row_id: str, *, state: str, receipt: str = "", due_at: float | None = None
+def finish_outbox(
+    c: Connection, row_id: str, *, state: str, receipt: str = "", repeat_at: float | None = None
 ) -> None:
-    values: dict[str, Any] = {"state": state, "receipt": receipt, "attempts": outbox.c.attempts + 1}
-    if due_at is not None:
-        values["due_at"] = due_at
+    """The row is done, or with `repeat_at` comes back then (unless a newer one supersedes it)."""
+    values: dict[str, Any] = {"state": state}
+    if receipt:
+        values["receipt"] = receipt
+    if repeat_at is not None:
+        values |= {"state": "pending", "due_at": repeat_at, "attempts": 0}
     c.execute(update(outbox).where(outbox.c.id == row_id).values(values))
 
 
-def last_receipt(c: Connection, incident: str, channel: str) -> str:
-    t = outbox.c
-    query = select(t.receipt).where(t.incident == incident, t.channel == channel, t.state == "sent")
-    return c.execute(query.order_by(t.revision.desc()).limit(1)).scalar() or ""
+def postpone_outbox(c: Connection, row_id: str, at: float) -> None:
+    c.execute(update(outbox).where(outbox.c.id == row_id).values(due_at=at, attempts=outbox.c.attempts + 1))
+
+
+def channels_told(c: Connection) -> dict[str, set[str]]:
+    """Incident id → channels that had something of it."""
+    told: dict[str, set[str]] = {}
+    for incident, channel in c.execute(select(outbox.c.incident, outbox.c.channel).distinct()):
+        told.setdefault(incident, set()).add(channel)
+    return told

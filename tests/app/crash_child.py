@@ -1,0 +1,96 @@
+"""The embedded runtime on a script of records in virtual time: what `kill -9` tests kill and start again.
+
+    python -m tests.app.crash_child DATABASE SCRIPT
+
+The script is a list of steps, each one record of the log: a batch that arrived, or a tick of the clock. How far an earlier life came is
+read off the log itself, as the sender of an acknowledged batch would know it. After each commit the position goes to standard output.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import msgspec
+
+from flyball.app.embedded import Embedded
+from flyball.app.notify import AlertRouter
+from flyball.app.settings import Settings
+from flyball.app.wiring import make_pipeline
+from flyball.core.codec import decode_events, encode_events
+from flyball.core.events import Event
+from flyball.remediation.notifiers import NotifySettings
+
+
+class Step(msgspec.Struct):
+    """One record: events of a sender, or a tick when `events` is None."""
+
+    at: float
+    sender: str = ""
+    events: bytes | None = None
+
+    @classmethod
+    def of(cls, at: float, sender: str, events: list[Event]) -> Step:
+        return cls(at, sender, encode_events(events))
+
+
+class ScriptClock:
+    """Says the time of the step that is being fed."""
+
+    def __init__(self) -> None:
+        self.at = 0.0
+
+    def now(self) -> float:
+        return self.at
+
+
+def settings() -> Settings:
+    channels = [
+        {
+            "kind": "webhook",
+            "url": "https://alerts.example.com/flyball",
+            "secret": "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+        }
+    ]
+    return Settings(mode="auto", notify=NotifySettings.model_validate({"channels": channels}))
+
+
+def build(database: Path, clock: ScriptClock, snapshot_every_s: float = 20.0) -> Embedded:
+    configured = settings()
+    return Embedded(
+        lambda: make_pipeline(configured),
+        database,
+        clock,
+        alerts=AlertRouter(configured.notify),
+        snapshot_every_s=snapshot_every_s,
+    )
+
+
+def play(runtime: Embedded, clock: ScriptClock, steps: list[Step], after: int, *, speak: bool) -> None:
+    """Feeds what is not yet in the log; one commit at a time, so that a kill can fall between any two."""
+    for number, step in enumerate(steps[after:], after + 1):
+        clock.at = step.at
+        if step.events is None:
+            stored = runtime.tick()
+        else:
+            stored = runtime.ingest(decode_events(step.events), step.sender, step.at)
+        position = stored.result(30)
+        if position != number:
+            raise AssertionError(f"step {number} became record {position}")
+        if speak:
+            print(position, flush=True)
+
+
+def main() -> None:
+    database, script = Path(sys.argv[1]), Path(sys.argv[2])
+    steps = msgspec.msgpack.decode(script.read_bytes(), type=list[Step])
+    clock = ScriptClock()
+    runtime = build(database, clock)
+    runtime.start()
+    play(runtime, clock, steps, runtime.appended, speak=True)
+    if not runtime.stop(60):
+        raise SystemExit("did not drain")
+
+
+if __name__ == "__main__":
+    main()

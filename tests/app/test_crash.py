@@ -1,0 +1,121 @@
+"""`kill -9` at any point: after the restart everything equals an uninterrupted run; nothing twice, nothing acknowledged lost."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from sqlalchemy import text
+
+from flyball.app.store.sqlite import open_reader
+from flyball.lab.estate import default_estate
+from flyball.lab.faults import ProviderOutage
+from flyball.lab.sim import START_AT, Simulator
+from tests.app.crash_child import ScriptClock, Step, build, play
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(seconds: int = 240) -> list[Step]:
+    """An outage in lab traffic, with ticks: some hundred records that open, act on and resolve an incident."""
+    simulator = Simulator(default_estate(rate=20.0), seed=7)
+    simulator.add_fault(ProviderOutage("a", START_AT + 60, START_AT + 150, 0.9))
+    steps = []
+    for second in range(1, seconds + 1):
+        now = START_AT + second
+        for batch in simulator.step(now):
+            steps.append(Step.of(batch.received_at or now, batch.sender, list(batch.events)))
+        steps.append(Step(now))
+    return steps
+
+
+def contents(database: Path) -> dict[str, list[Any]]:
+    """Everything that people and programs can see, and the log; not when a message is due, nor when snapshots were taken."""
+    engine = open_reader(database)
+    queries = {
+        "log": "select id, kind, sender, n, body from log order by id",
+        "incidents": "select id, seq, state, root, revision, body from incidents order by seq",
+        "incident_changes": "select seq, incident, at, old, new, reason, revision from incident_changes order by seq",
+        "ledger": "select seq, key, at, kind, incident, body, hash from ledger order by seq",
+        "directives": "select * from directives order by id",
+        "outbox": "select id, incident, revision, channel, why, state, body from outbox order by id",
+        "meta": "select key, value from meta order by key",
+    }
+    with engine.connect() as c:
+        found = {name: [tuple(r) for r in c.execute(text(q))] for name, q in queries.items()}
+    engine.dispose()
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Step], dict[str, list[Any]], Path]:
+    """The script, what an uninterrupted run of it leaves, and the script as a file."""
+    folder = tmp_path_factory.mktemp("whole")
+    steps = script()
+    path = folder / "script"
+    path.write_bytes(msgspec.msgpack.encode(steps))
+    clock = ScriptClock()
+    runtime = build(folder / "db", clock)
+    runtime.start()
+    play(runtime, clock, steps, 0, speak=False)
+    assert runtime.stop(60)
+    return steps, contents(folder / "db"), path
+
+
+def killed_and_restarted(database: Path, script_path: Path, kills: list[int]) -> None:
+    """Runs the child, killing it once after each of the given positions was acknowledged; the last life runs to the end."""
+    for kill_at in [*kills, None]:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "tests.app.crash_child", str(database), str(script_path)],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert child.stdout is not None
+        if kill_at is not None:
+            for line in child.stdout:
+                if int(line) >= kill_at:
+                    child.send_signal(signal.SIGKILL)
+                    break
+        _, errors = child.communicate(timeout=120)
+        assert child.returncode in (0, -signal.SIGKILL), errors[-2000:]
+
+
+def test_the_script_leads_to_an_incident_and_a_directive(
+    whole: tuple[list[Step], dict[str, list[Any]], Path],
+) -> None:
+    """Otherwise the tests below would compare nothing with nothing."""
+    _, found, _ = whole
+    assert found["incidents"]
+    assert found["ledger"]
+    assert found["directives"]
+    assert found["outbox"]
+
+
+def differences(found: dict[str, list[Any]], expected: dict[str, list[Any]]) -> list[str]:
+    return [name for name in expected if found[name] != expected[name]]
+
+
+def test_five_kills_at_random_points_change_nothing(
+    whole: tuple[list[Step], dict[str, list[Any]], Path], tmp_path: Path
+) -> None:
+    steps, expected, path = whole
+    kills = sorted(random.Random(5).sample(range(1, len(steps)), 5))
+    killed_and_restarted(tmp_path / "db", path, kills)
+    assert differences(contents(tmp_path / "db"), expected) == []
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(10))
+def test_ten_times_ten_kills_at_random_points_change_nothing(
+    whole: tuple[list[Step], dict[str, list[Any]], Path], tmp_path: Path, seed: int
+) -> None:
+    steps, expected, path = whole
+    kills = sorted(random.Random(1000 + seed).sample(range(1, len(steps)), 10))
+    killed_and_restarted(tmp_path / "db", path, kills)
+    assert differences(contents(tmp_path / "db"), expected) == []

@@ -1,0 +1,69 @@
+"""A small OpenAI-compatible upstream that answers as the model's name says, with bodies as the providers send them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from tests.processes import free_port
+
+FAILURES: dict[str, tuple[int, dict[str, Any]]] = {
+    "rate-limited": (429, {"message": "Rate limit reached for requests", "type": "requests", "code": "rate_limit_exceeded"}),
+    "overloaded-529": (529, {"message": "Overloaded", "type": "overloaded_error", "code": None}),
+    "overloaded-503": (503, {"message": "The engine is currently overloaded, please try again later", "type": "server_error", "code": None}),
+    "quota": (429, {"message": "You exceeded your current quota, please check your plan and billing details.", "type": "insufficient_quota", "code": "insufficient_quota"}),
+    "too-long": (400, {"message": "This model's maximum context length is 8192 tokens. However, your messages resulted in 9001 tokens.", "type": "invalid_request_error", "code": "context_length_exceeded"}),
+    "bad-key": (401, {"message": "Incorrect API key provided", "type": "invalid_request_error", "code": "invalid_api_key"}),
+}  # fmt: skip
+"""Last part of the model's name → status and error."""
+
+
+class Upstream:
+    """Counts what it answered; `app` is the ASGI application."""
+
+    def __init__(self) -> None:
+        self.answered: Counter[str] = Counter()
+        self.app = FastAPI()
+
+        @self.app.post("/v1/chat/completions")
+        async def chat(request: Request) -> JSONResponse:
+            body = await request.json()
+            model = str(body["model"])
+            self.answered[model] += 1
+            for name, (status, error) in FAILURES.items():
+                if model.endswith(name):
+                    return JSONResponse({"error": error}, status_code=status)
+            return JSONResponse(
+                {
+                    "id": f"chatcmpl-{self.answered[model]:06d}-{model}", "object": "chat.completion", "created": int(time.time()), "model": f"{model}-2026",
+                    "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "The lamp is green."}}],
+                    "usage": {"prompt_tokens": 120, "completion_tokens": 34, "total_tokens": 154, "prompt_tokens_details": {"cached_tokens": 64}},
+                }
+            )  # fmt: skip
+
+
+@contextlib.contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """The application on a free port of this process; gives its address."""
+    port = free_port()
+    server = uvicorn.Server(
+        uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", lifespan="off")
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    end = time.monotonic() + 20
+    while not server.started and time.monotonic() < end:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
