@@ -42,7 +42,9 @@ def runbooks(*changes: tuple[str, str]) -> RunbookSet:
 class Desk:
     """A planner over a small world with an outage of provider b."""
 
-    def __init__(self, *changes: tuple[str, str], ceiling: str = "auto", books: RunbookSet | None = None) -> None:
+    def __init__(
+        self, *changes: tuple[str, str], ceiling: str = "auto", books: RunbookSet | None = None
+    ) -> None:
         self.world = World({"a": 200, "b": 200, "c": 100})
         self.planner = Planner(books if books is not None else runbooks(*changes), ceiling)
         self.world.advance(windows=12)
@@ -170,7 +172,9 @@ def test_a_resolved_incident_is_planned_for_no_more() -> None:
 
 
 def test_second_incident_within_cooldown_is_held() -> None:
-    desk = Desk(("limits: {cooldown: 30m", "limits: {cooldown: 1m"), ("mode: auto", "mode: auto\nmax_age: 1h"))
+    desk = Desk(
+        ("limits: {cooldown: 30m", "limits: {cooldown: 1m"), ("mode: auto", "mode: auto\nmax_age: 1h")
+    )
     _, plan = one(desk.news())
     desk.end(plan)
     desk.tick()
@@ -249,14 +253,16 @@ def test_a_root_that_is_no_provider_is_no_target_of_a_redirect() -> None:
 
 
 def test_a_precondition_that_is_not_met_refuses_and_says_which() -> None:
-    text = "preconditions: [{id: nearly_down, check: 'errors(incident.scope, duration(\"20s\")) > 0.9'}]\nsteps:"
+    text = (
+        "preconditions: [{id: nearly_down, check: 'errors(incident.scope, duration(\"20s\")) > 0.9'}]\nsteps:"
+    )
     decision, _ = one(Desk(("steps:", text)).news())
     assert (decision.decision, decision.reason) == (Verdict.REFUSE, "precondition")
     assert decision.values["precondition"] == "nearly_down"
 
 
 def test_a_precondition_without_data_is_not_met_not_even_by_negation() -> None:
-    text = "preconditions: [{id: p, check: '!(errors({\"provider\": \"x\"}, duration(\"2m\")) > 0.1)'}]\nsteps:"
+    text = 'preconditions: [{id: p, check: \'!(errors({"provider": "x"}, duration("2m")) > 0.1)\'}]\nsteps:'
     decision, _ = one(Desk(("steps:", text)).news())
     assert decision.reason == "precondition"
     assert "no calls" in decision.detail
@@ -271,7 +277,9 @@ def test_a_blast_radius_over_the_limit_is_refused_with_its_figure() -> None:
 
 def test_too_many_tenants_are_refused() -> None:
     desk = Desk(("tenants: 20", "tenants: 1"))
-    rows = [Row(50, labels={"provider": "b", "model": "m", "app": "shop", "tenant": f"t{i}"}) for i in range(4)]
+    rows = [
+        Row(50, labels={"provider": "b", "model": "m", "app": "shop", "tenant": f"t{i}"}) for i in range(4)
+    ]
     desk.world.estate.feed([window(desk.world.now, rows)])
     decision, _ = one(desk.news())
     assert (decision.reason, decision.values["blast_tenants"]) == ("blast_radius", 4)

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Protocol
 
 import msgspec
+from pydantic import BaseModel, BeforeValidator
+
 from flyball.core.directives import DirectiveKind
 from flyball.core.entities import Entity
 from flyball.core.ids import short_id
-from pydantic import BaseModel, BeforeValidator
 
 if TYPE_CHECKING:
     from flyball.core.estate import Estate
@@ -88,20 +89,9 @@ def parse_share(value: object) -> float:
     raise ValueError(f"{str(value)[:60]!r} is not a share; write a percentage, for example 25%")
 
 
-def _duration(value: object) -> float:
-    # Params that were frozen once are validated again from their numbers (typed floats pass).
-    return value if type(value) is float else parse_duration(value)
-
-
-def _share(value: object) -> float:
-    if type(value) is float and 0.0 < value <= 1.0:
-        return value
-    return parse_share(value)
-
-
-DurationS = Annotated[float, BeforeValidator(_duration, json_schema_input_type=str)]
+DurationS = Annotated[float, BeforeValidator(parse_duration, json_schema_input_type=str)]
 """Seconds; written `30s`, `5m`, `1h`."""
-Share = Annotated[float, BeforeValidator(_share, json_schema_input_type=str)]
+Share = Annotated[float, BeforeValidator(parse_share, json_schema_input_type=str)]
 """In (0, 1]; written `25%`."""
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from flyball.core.estate import Estate
 from flyball.core.plans import Candidate
+
+_REST: Final = "other"
+"""The label of the cell that takes what no longer has a cell of its own: many providers, so never one to go to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ def best_healthy(
     apps = set(estate.values("app", source, span))
     ranked: list[tuple[tuple[int, int, float, int, str], Candidate]] = []
     for provider in estate.values("provider", {}, span):
-        if not failing or provider == failing or provider in exclude:
+        if not failing or provider in (failing, _REST) or provider in exclude:
             continue
         scope = {"provider": provider}
         seen = estate.errors(scope, span)

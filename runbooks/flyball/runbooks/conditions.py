@@ -253,7 +253,10 @@ def _unknown_name(name: str, source: str, offset: int, params: Mapping[str, Any]
     head = name.rpartition(".")[0]
     if head and source[:offset].endswith(head):  # CEL points at the last dot
         offset -= len(head)
-    if re.match(r"\s*\(", source[offset + len(name) :]):
+    called = source[offset : offset + 1] == "(" and source[:offset].endswith(name)
+    if called:  # and of a call, at the parenthesis
+        offset -= len(name)
+    if called or re.match(r"\s*\(", source[offset + len(name) :]):
         return ConditionError(
             "RB104",
             f"unknown function {name!r} in the condition{did_you_mean(name, [*_FUNCTIONS, *_BUILT_IN])}",

@@ -55,7 +55,8 @@ class Limits(_Strict):
         1800.0, description="per target: after a run ended, none before this has passed"
     )
     runs: Annotated[Rate, BeforeValidator(_rate, json_schema_input_type=str)] = Field(
-        Rate(count=3, per_s=3600.0), description="runs of this runbook in a span, e.g. 3/1h"
+        Rate.model_validate({"count": 3, "per_s": "1h"}),
+        description="runs of this runbook in a span, e.g. 3/1h",
     )
     attempts: Annotated[int, Field(ge=1, le=10)] = Field(
         2, description="runs for one incident; 0 does not mean unlimited"

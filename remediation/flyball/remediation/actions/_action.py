@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from flyball.core.incident import Incident
 from pydantic import BaseModel, ConfigDict
+
+from flyball.core.incident import Incident
 
 PROBE_SHARE: Final = 0.05
 """Share of the traffic that is always left in place: without it nobody could see that the primary has recovered."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import BaseModel, Field, field_validator, model_validator
+
 from flyball.core.directives import DirectiveKind
 from flyball.core.plans import DurationS, Frozen, PlanContext, Refusal, Share
 from flyball.remediation.actions._action import PROBE_SHARE, ROOT_REFERENCE, ActionParams, root_scope
-from pydantic import BaseModel, Field, field_validator, model_validator
 
 BEST_HEALTHY = "best_healthy"
 
@@ -82,6 +83,10 @@ class Redirect:
                 "no_target", f"redirect leaves a provider; the root is {root}", {"root": str(root)}
             )
         source = scope["provider"]
+        if source == "other":
+            return Refusal(
+                "no_target", "`other` stands for many providers that have no cell of their own", {}
+            )
         if source not in context.estate.values("provider", {}, 300.0):
             return Refusal(
                 "no_target", f"no traffic of provider {source} in the last 5 min", {"from": source}
