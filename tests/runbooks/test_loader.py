@@ -169,6 +169,15 @@ def test_the_place_inside_a_condition_is_right_in_every_style_of_text(style: str
     assert errors_of(text)[0].startswith(f"f.yaml:{line}:{column}: RB104")
 
 
+def test_places_count_characters_and_not_bytes() -> None:
+    text = GOOD.replace("llm-platform", "équipe-plateforme-été").replace(
+        '"provider" &&', '"é" != "ü" && incident.sgnal =='
+    )
+    offset = text.index("incident.sgnal")
+    column = offset - text.rfind("\n", 0, offset)
+    assert errors_of(text)[0].startswith(f"f.yaml:4:{column}: RB104")
+
+
 def test_the_shipped_runbooks_are_right_have_a_refusal_test_and_only_suggest() -> None:
     shipped = library(actions=ACTIONS)
     assert "provider-failover" in shipped.by_name
