@@ -228,7 +228,7 @@ def test_a_bad_key_fails_one_tenant_everywhere() -> None:
 
 def test_a_prompt_version_that_doubles_tokens_is_announced_and_rolled_back() -> None:
     sim = Simulator(default_estate(15.0), 3)
-    sim.add_fault(PromptInflation("checkout@4", T0, T0 + 200))
+    sim.add_fault(PromptInflation("checkout@4", 2.0, T0, T0 + 200))
     events = events_of(stepped(sim, 420.0))
     calls = [e for e in events if isinstance(e, LlmCall) and e.app == "checkout" and e.input_tokens]
     old, new = ([c.input_tokens or 0 for c in calls if c.prompt == p] for p in ("checkout@3", "checkout@4"))

@@ -271,9 +271,9 @@ class PromptInflation:
 
     kind: ClassVar[str] = "prompt_inflation"
     prompt: str
+    factor: float
     start: float
     end: float = math.inf
-    input_factor: float = 2.0
     output_factor: float = 1.0
 
     @property
@@ -295,7 +295,7 @@ class PromptInflation:
         )
         hit &= calls["attempt"] == 0
         calls["prompt"][hit] = names.prompts.index(self.prompt)
-        grown = (calls["input"][hit] * self.input_factor).astype(np.int64)
+        grown = (calls["input"][hit] * self.factor).astype(np.int64)
         calls["prefix"][hit] += grown - calls["input"][hit]
         calls["input"][hit] = grown
         calls["output"][hit] = (calls["output"][hit] * self.output_factor).astype(np.int64)

@@ -21,13 +21,12 @@ from flyball.lab._draws import (
     Mask,
     Records,
     Words,
-    mix,
     mix_int,
     normals,
     uniforms,
-    unit_interval,
 )
 from flyball.lab.estate import Estate
+from flyball.remediation.points.matching import chosen
 
 _ATTEMPT: Final = np.uint64(0xD1342543DE82EF95)
 
@@ -190,10 +189,10 @@ class Gateway:
         return region
 
     def _obey(self, a: Answers) -> None:
-        """Blocks first, then redirects (the first that matches; none is redirected twice), limits and caps."""
+        """Blocks first, then redirects (the most specific that matches; none is redirected twice), limits and caps."""
         calls, moved = a.calls, np.zeros(len(a.calls), dtype=bool)
         rank = {"block": 0, "redirect": 1, "limit": 2, "cap": 3}
-        for d in sorted(self._directives, key=lambda d: rank[d.kind]):
+        for d in sorted(self._directives, key=lambda d: (rank[d.kind], -len(d.scope), d.id)):
             live = (calls["start"] >= d.granted_at) & (calls["start"] < d.expires_at)
             if not live.any():
                 continue
@@ -201,8 +200,7 @@ class Gateway:
             if d.kind == "block":
                 self._refuse(a, mask, "403_blocked")
             elif d.kind == "redirect":
-                mask &= ~moved & (_share_draw(calls) < float(d.params.get("share", 1.0)))
-                mask = self._redirect(d, a, mask)
+                mask = self._redirect(d, a, self._in_share(d, calls, mask & ~moved))
                 moved |= mask
             elif d.kind == "limit":
                 mask = self._limit(d, a, mask)
@@ -213,19 +211,32 @@ class Gateway:
             if hits:
                 self.applied[d.id] = self.applied.get(d.id, 0) + hits
 
+    def _in_share(self, d: Directive, calls: Records, mask: Mask) -> Mask:
+        """bool[n]: those of `mask` that are in the lease's share, by the same hash as every enforcement point."""
+        share = float(d.params.get("share", 1.0))
+        if share >= 1.0:
+            return mask
+        inside = mask.copy()
+        for row in np.flatnonzero(mask):
+            run = int(calls["run"][row])
+            key = self.names.runs[run] if run >= 0 else f"{int(calls['uid'][row]):016x}"
+            inside[row] = chosen(d.id, share, key)
+        return inside
+
     def _refuse(self, a: Answers, mask: Mask, code: str) -> None:
         a.error[mask], a.code[mask] = _LOCAL, CODE_INDEX[code]
 
     def _redirect(self, d: Directive, a: Answers, mask: Mask) -> Mask:
         """Moves calls to another provider (and model) that serves what they ask for; others stay where they are."""
         to: dict[str, str] = d.params.get("to", {})
-        provider = self.estate.provider_index.get(to.get("provider", ""), -1)
-        if provider < 0:
+        known = self.estate.provider_index.get(to.get("provider", ""), -1)
+        if known < 0 and ("provider" in to or "model" not in to):
             return mask & False
+        provider = np.where(known < 0, a.calls["provider"], known)
         model = np.full(len(a.calls), self.estate.model_index.get(to.get("model", ""), -1))
         model = np.where(model < 0, a.calls["model"], model)
         mask = mask & self._serves[provider, model]
-        a.calls["provider"][mask] = provider
+        a.calls["provider"][mask] = provider[mask]
         a.calls["model"][mask] = model[mask]
         # The new provider has none of our prefixes yet: its cache warms up over some minutes.
         warm = 1.0 - np.exp(-np.maximum(a.calls["start"] - d.granted_at, 0.0) / 240.0)
@@ -384,8 +395,3 @@ class Gateway:
         """bool[n]: the attempts that are followed by another."""
         again: Mask = _RETRIABLE[a.error] & (a.calls["attempt"] < a.max_retries)
         return again
-
-
-def _share_draw(calls: Records) -> Floats:
-    """float64[n] in [0, 1): what a directive's share is held against; one value for all calls of a run."""
-    return unit_interval(mix(calls["unit"] ^ np.uint64(0x5EED)))

@@ -370,7 +370,7 @@ class PromptSwitch(Switch):
         self, factor: float = 2.0, *, output_factor: float = 1.0, lasts: str | float | None = None
     ) -> Lab:
         """This version goes live for its app, and every call of it takes `factor` times the input tokens."""
-        return self._on(PromptInflation(self.target.name, self.time, self._end(lasts), factor, output_factor))
+        return self._on(PromptInflation(self.target.name, factor, self.time, self._end(lasts), output_factor))
 
 
 class AgentSwitch(Switch):

@@ -28,7 +28,7 @@ WINDOW_S: Final = 10.0
 SENDER_WAIT_S: Final = 8.5
 """The gateway pods hold events for up to 5 s, lateness is 2 s, clocks and network differ by less than 1.5 s."""
 SCRAPE_S: Final = 15.0
-FAULT_RATE: Final = 12.0
+FAULT_RATE: Final = 10.0
 QUIET_RATE: Final = 5.0
 DAY_S: Final = 86_400.0
 
@@ -229,7 +229,7 @@ def jobs(
         if name not in FAULTS:
             raise ConfigError(f"no fault {name!r}{did_you_mean(name, FAULTS)}", where="lab score")
     quiet = [Job(governor, "", 1000 + d, quiet_rate, 0.0, DAY_S, 0.0, 5.0) for d in range(days)]
-    return quiet + [Job(governor, f, s, fault_rate, 900.0, 240.0, 180.0, 1.0) for f in faults for s in seeds]
+    return quiet + [Job(governor, f, s, fault_rate, 720.0, 240.0, 180.0, 1.0) for f in faults for s in seeds]
 
 
 def score(
