@@ -12,6 +12,7 @@ This is the hot path: about 0.8 µs a call, of which nearly all is reading field
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -44,6 +45,7 @@ _LOGGED: Final = tuple(
 )
 _NEED_LOG: Final = frozenset({*HISTOGRAMS, *(name for name, _, _ in _LOGGED)})
 _FIRST_CAPACITY: Final = 1024
+_KNOCKS: Final = 3
 
 
 def labels_of(call: LlmCall) -> Labels:
@@ -96,12 +98,14 @@ class CellTable:
 
     A few slots are kept back for `other` cells, which take the calls of new labels once the table is full: they keep provider, model,
     region and app and say "other" for the rest; if even these explode, one cell with "other" everywhere. Distinct tenants
-    within an `other` cell count as one.
+    within an `other` cell count as one. The last tenth of the table is for labels that come back: they get a slot at about
+    their third call, so that a flood of labels seen once cannot keep real newcomers out.
     """
 
     def __init__(self, max_cells: int) -> None:
         self.max_cells = max_cells
         self._reserve = max(1, min(1024, max_cells // 10))
+        self._kept_free = (max_cells - self._reserve) // 10
         self.labels: list[Labels] = []
         self.capacity = 0
         self.born: Floats = np.empty(0)
@@ -116,6 +120,8 @@ class CellTable:
         self._slot_of: dict[Labels, int] = {}
         self._others: dict[Labels, int] = {}
         self._free: list[int] = []
+        self._knocks = bytearray(1 << (8 * max_cells - 1).bit_length())
+        self._knocked = 0
         self._codes = _CodeOfHash()
         self._grow(min(_FIRST_CAPACITY, max_cells))
 
@@ -133,9 +139,9 @@ class CellTable:
             self.overflowed += int(self.is_other[codes >> CLASS_BITS].sum())
         return codes
 
-    def slots(self, labels: Iterable[Labels]) -> Ints:
-        """int64: slots of label tuples (of windows to be merged); new ones get a slot."""
-        slots = np.array([self._slot(x) for x in labels], np.int64)
+    def slots(self, labels: Iterable[Labels], calls: Iterable[int]) -> Ints:
+        """int64: slots of label tuples (of windows to be merged) with so many calls each; new ones get a slot."""
+        slots = np.array([self._slot(x, n) for x, n in zip(labels, calls, strict=True)], np.int64)
         if self._others:
             self.overflowed += int(self.is_other[slots].sum())
         return slots
@@ -143,17 +149,43 @@ class CellTable:
     def _learn(self, key: int, call: LlmCall) -> int:
         code = self._codes[key]
         if code < 0:
-            code = self._slot(labels_of(call)) << CLASS_BITS | CLASS_INDEX.get(call.error, UNKNOWN)
+            slot = self._slot(labels_of(call), 1)
+            code = slot << CLASS_BITS | CLASS_INDEX.get(call.error, UNKNOWN)
+            if self.is_other[slot] and self._room() > 0:
+                return code  # not remembered: its next call has to be seen here, to knock again
             if len(self._codes) >= 4 * self.max_cells + 65_536:
                 self._codes.clear()  # made-up error words or labels beyond the limit; what is in use comes back at once
             self._codes[key] = code
         return code
 
-    def _slot(self, labels: Labels) -> int:
+    def _room(self) -> int:
+        return self.max_cells - self._reserve - (len(self) - len(self._others))
+
+    def _slot(self, labels: Labels, calls: int) -> int:
         slot = self._slot_of.get(labels)
-        if slot is None and len(self) - len(self._others) < self.max_cells - self._reserve:
-            slot = self._take(labels)
-        return self._other(labels) if slot is None else slot
+        if slot is None:
+            room = self._room()
+            if room > self._kept_free or (room > 0 and self._knock(labels, calls)):
+                return self._take(labels)
+            return self._other(labels)
+        return slot
+
+    def _knock(self, labels: Labels, calls: int) -> bool:
+        """Whether labels without a slot have been heard often enough to get one of the last.
+
+        Counted in a sketch of bytes that is halved as it fills (as TinyLFU does), because the labels themselves may be millions.
+        """
+        at = zlib.crc32("\x1f".join(labels).encode()) & (len(self._knocks) - 1)
+        heard = min(255, self._knocks[at] + calls)
+        self._knocks[at] = heard
+        self._knocked += 1
+        if self._knocked > len(self._knocks) // 8:  # so few that strangers rarely share a byte
+            self._age_knocks()
+        return heard >= _KNOCKS
+
+    def _age_knocks(self) -> None:
+        halved = np.frombuffer(self._knocks, np.uint8) >> 1
+        self._knocks, self._knocked = bytearray(halved.tobytes()), 0
 
     def _other(self, labels: Labels) -> int:
         kept = tuple(v if k in _COARSE or not v else OTHER for k, v in zip(BASE_LABELS, labels, strict=True))
@@ -211,14 +243,14 @@ class CellTable:
     def make_room(self, busy: Ints) -> Ints:
         """Free the slots of the rarest series, so that newcomers get cells of their own. Returns the freed slots.
 
-        While newcomers have to go to `other`, up to a twentieth of the table goes, those with the fewest calls lately first; else only
-        what has been silent for so long that its activity has faded (a dozen windows).
+        A tenth of the table is to be free. While newcomers have to go to `other`, those with the fewest calls lately make room; else
+        only what has been silent for so long that its activity has faded (a dozen windows).
 
         Args:
             busy: slots in use by open windows; they stay.
         """
-        limit = self.max_cells - self._reserve
-        wanted = max(1, limit // 20) - (limit - (len(self) - len(self._others)))
+        wanted = max(1, self._kept_free) - self._room()
+        self._age_knocks()
         may_go = (self.activity >= 0) & ~self.is_other
         if not self.pressed:
             may_go &= self.activity < 1 / 4096
@@ -261,6 +293,7 @@ class CellTable:
             self.overflowed,
             self._overflowed_before,
             self.capacity,
+            (bytes(self._knocks) if any(self._knocks) else b"", self._knocked),
         )
 
     def restore(self, state: tuple[Any, ...]) -> None:
@@ -273,7 +306,10 @@ class CellTable:
             self.overflowed,
             self._overflowed_before,
             capacity,
+            knocks,
         ) = state
+        told, self._knocked = knocks
+        self._knocks = bytearray(told or len(self._knocks))
         self.labels = [tuple(x) for x in labels]
         self.capacity = 0
         self.born, self.activity, self.is_other = np.empty(0), np.empty(0), np.empty(0, np.bool_)

@@ -2,7 +2,7 @@
 
     batch → times corrected → late ones counted → waiting list → chunks of columns → sums over cells → window
 
-A batch costs a few numpy calls and one append; calls wait until there are `_CHUNK` of them, then their fields are read into columns, and
+A batch costs a few numpy calls and one append; calls wait until there are `CHUNK_CALLS` of them, then their fields are read into columns, and
 columns wait until a window has as many rows as cells, so that every step is amortised over many calls. What comes out does
 not depend on where these borders fall: slots are given in order of arrival and sums run in order of arrival.
 """
@@ -37,9 +37,9 @@ from flyball.streams.watermark import Sender, Watermarks
 if TYPE_CHECKING:
     from flyball.core.columns import Floats, Ints
 
-_CHUNK: Final = 128
+CHUNK_CALLS: Final = 128
 """Calls read into columns at once: enough to pay for the numpy calls, few enough to be still in the cache."""
-_COMPACT_ROWS: Final = 1 << 16
+COMPACT_ROWS: Final = 1 << 16
 _SAMPLES: Final = 3
 _FORGET_S: Final = 86_400.0
 _FORGET_EVERY: Final = 64
@@ -126,13 +126,12 @@ class _Open:
     """bool[codes]: has its samples already; None until something fails."""
 
     def add(self, codes: Ints, numbers: list[Floats | None], calls: Sequence[LlmCall], capacity: int) -> None:
+        """Add a chunk of calls: their codes, their numbers, and themselves for the samples."""
         self.chunks.append((codes, numbers))
         self.rows += len(codes)
         failed = np.flatnonzero(codes & CLASS_MASK)
         if len(failed):
             self._sample(codes, failed, calls, capacity)
-        if self.rows >= max(_COMPACT_ROWS, capacity):
-            self.compact(capacity)
 
     def _sample(self, codes: Ints, failed: Ints, calls: Sequence[LlmCall], capacity: int) -> None:
         more = (capacity << CLASS_BITS) - (0 if self.sampled is None else len(self.sampled))
@@ -178,14 +177,26 @@ class Windows:
 
     Other events than calls only move time on. A window without calls is not emitted. `live` is what closed windows say
     of themselves; set it to False while history is replayed to rebuild state.
+
+    Args:
+        settings: how time is cut.
+        chunk_calls: calls read into columns at once; changes speed, never results.
+        compact_rows: rows that wait in columns before they are summed; changes speed and memory, never results.
     """
 
     KIND: Final = "windows"
     VERSION: Final = 1
 
-    def __init__(self, settings: WindowSettings | None = None) -> None:
+    def __init__(
+        self,
+        settings: WindowSettings | None = None,
+        *,
+        chunk_calls: int = CHUNK_CALLS,
+        compact_rows: int = COMPACT_ROWS,
+    ) -> None:
         self.settings = settings or WindowSettings()
         self.live = True
+        self._chunk_calls, self._compact_rows = chunk_calls, compact_rows
         s = self.settings
         self._time = Watermarks(s.lateness_s, s.max_delay_s)
         self._cells = CellTable(s.max_cells)
@@ -296,7 +307,7 @@ class Windows:
             self._runs[-1] = (window, self._runs[-1][1] + len(calls))
         else:
             self._runs.append((window, len(calls)))
-        if len(self._waiting) >= _CHUNK:
+        if len(self._waiting) >= self._chunk_calls:
             self._absorb()
 
     def _absorb(self) -> None:
@@ -307,15 +318,18 @@ class Windows:
         self._waiting, self._runs = [], []
         codes, numbers = self._cells.codes(calls), read_numbers(calls)
         capacity = self._cells.capacity
-        if len(runs) == 1:
-            self._open[runs[0][0]].add(codes, numbers, calls, capacity)
-            return
         begin = 0
-        for window, n in runs:
+        for number, n in runs:
             part = slice(begin, begin + n)
             begin += n
-            columns = [None if column is None else column[part] for column in numbers]
-            self._open[window].add(codes[part], columns, calls[part], capacity)
+            window = self._open[number]
+            if n == len(calls):
+                window.add(codes, numbers, calls, capacity)
+            else:
+                columns = [None if column is None else column[part] for column in numbers]
+                window.add(codes[part], columns, calls[part], capacity)
+            if window.rows >= max(self._compact_rows, capacity):
+                window.compact(capacity)
 
     def _close_passed(self) -> list[Window]:
         value = self._time.value
@@ -421,7 +435,10 @@ class WindowMerger:
         """Raises: ValueError when there is no part, or parts of different spans."""
         if not parts or any((p.start, p.end) != (parts[0].start, parts[0].end) for p in parts):
             raise ValueError(f"parts of one span are wanted, got {[(p.start, p.end) for p in parts]}")
-        slots = [self._cells.slots(part.cells.labels[i] for i in part.cells.ids.tolist()) for part in parts]
+        slots = [
+            self._cells.slots([p.cells.labels[i] for i in p.cells.ids.tolist()], p.cells.calls.tolist())
+            for p in parts
+        ]
         sums, samples = CellSums(), dict[tuple[int, int], tuple[str, ...]]()
         sums.fit(self._cells.capacity)
         for part, mine in zip(parts, slots, strict=True):
