@@ -66,7 +66,7 @@ Entry = list[Any]
 class _Memory:
     """What is remembered of one half of the time: two of these take turns, so that memory is bounded without a clock."""
 
-    __slots__ = ("entries", "ids", "index", "parents", "spans")
+    __slots__ = ("by_id", "entries", "ids", "index", "parents", "spans")
 
     def __init__(self) -> None:
         self.ids: set[str] = set()
@@ -76,6 +76,16 @@ class _Memory:
         """Parents of counted calls: (scope, failed) of each child."""
         self.entries: list[Entry] = []
         self.index: dict[tuple[str, bool, int | None, int], list[Entry]] = {}
+        self.by_id: dict[str, Entry] = {}
+
+    def enter(self, entry: Entry) -> None:
+        """Makes a counted call findable by what it is like, and its reporter by its id."""
+        self.entries.append(entry)
+        if entry[_RID]:
+            self.by_id[entry[_RID]] = entry
+        bucket = int(entry[_END] / _BUCKET_S)
+        for family in (*entry[_FAMILIES], "*") if entry[_FAILED] else entry[_FAMILIES]:
+            self.index.setdefault((family, entry[_FAILED], entry[_OUT], bucket), []).append(entry)
 
     def size(self) -> int:
         return max(len(self.ids), len(self.spans), len(self.entries))
@@ -211,14 +221,9 @@ class Deduplicator:
         for events, sender in self._recent:
             for event in events:
                 if type(event) is LlmCall:
-                    self._enter(_entry(event, sender, -1, -1))
+                    self._new.enter(_entry(event, sender, -1, -1))
         self._recent.clear()
         self._recent_calls = 0
-
-    def _enter(self, entry: Entry) -> None:
-        memory = self._new
-        memory.entries.append(entry)
-        _index(memory.index, entry)
 
     def _alike(self, call: LlmCall, sender: str) -> Entry | None:
         """The remembered call of another scope that this one is a copy of, the nearest in time; None when there is none."""
@@ -260,7 +265,7 @@ class Deduplicator:
         known = self._told_twice.get(_pair(mine[_REPORTER], other[_REPORTER]), 0)
         if not said and not known and (starts > _TIGHT_S or ends > _TIGHT_S):
             return None
-        return float(starts + ends + (0.1 if mine[_CLASS] != other[_CLASS] else 0.0))
+        return float(starts + ends + (1.0 if mine[_CLASS] != other[_CLASS] else 0.0))
 
     def snapshot(self) -> bytes:
         """Everything remembered, as one versioned blob: about 45 bytes a call, 300 once there is a second scope;
@@ -320,7 +325,7 @@ class _Work:
             if call.span and call.parent:
                 self._child_places[call.parent] = place
             if d._many:
-                d._enter(_entry(call, self._sender, self._number, place))
+                d._new.enter(_entry(call, self._sender, self._number, place))
         else:
             d.duplicates += 1
         if place >= 0:
@@ -334,6 +339,11 @@ class _Work:
         d = self._dedup
         if call.id and (call.id in d._new.ids or call.id in d._old.ids):
             place = self._id_places.get(call.id, -1)
+            first = d._new.by_id.get(call.id) or d._old.by_id.get(call.id)
+            if first is not None:
+                first[_USED].add(call.scope)
+                if first[_SCOPE] != call.scope:
+                    self._note(first[_REPORTER], call)
             self._merge(place, call, inner=None)
             return place
         if call.span:
@@ -399,8 +409,6 @@ class _Work:
         if not isinstance(there, LlmCall):
             return
         if inner is None:
-            if _reporter(there, self._sender) != _reporter(call, self._sender):
-                self._note(_reporter(there, self._sender), call)
             inner = call.scope in GATEWAYS and there.scope not in GATEWAYS
         self.out[place] = _filled(call, there) if inner else _filled(there, call)
 
@@ -421,6 +429,8 @@ def _filled(call: LlmCall, other: LlmCall) -> LlmCall:
             found = getattr(other, name)
             if found is not None and found != "":
                 changes[name] = found
+    if call.model_served == call.model and other.model_served not in ("", call.model):
+        changes["model_served"] = other.model_served  # the asked-for name again is no answer
     if call.run == call.trace and other.run != other.trace and other.run:
         changes["run"] = other.run
     if other.error and (not call.error or (call.error in _UNSPECIFIC and other.error not in _UNSPECIFIC)):
@@ -432,16 +442,10 @@ def _filled(call: LlmCall, other: LlmCall) -> LlmCall:
 
 def _entry(call: LlmCall, sender: str, batch: int, place: int) -> Entry:
     return [
-        call.at - (call.latency_s or 0.0), call.at, call.input_tokens, call.output_tokens, bool(call.error),
+        call.at - (call.latency_s or 0.0), call.at, call.input_tokens, call.output_tokens or None, bool(call.error),
         _families(call), call.id, call.scope, _reporter(call, sender), call.provider, call.app, call.error, set(), batch,
         place,
     ]  # fmt: skip
-
-
-def _index(index: dict[tuple[str, bool, int | None, int], list[Entry]], entry: Entry) -> None:
-    bucket = int(entry[_END] / _BUCKET_S)
-    for family in (*entry[_FAMILIES], "*") if entry[_FAILED] else entry[_FAMILIES]:
-        index.setdefault((family, entry[_FAILED], entry[_OUT], bucket), []).append(entry)
 
 
 def _restored(packed: Any) -> _Memory:
@@ -454,8 +458,7 @@ def _restored(packed: Any) -> _Memory:
         entry[_FAMILIES] = tuple(entry[_FAMILIES])
         entry[_USED] = set(entry[_USED])
         entry += [-1, -1]
-        memory.entries.append(entry)
-        _index(memory.index, entry)
+        memory.enter(entry)
     return memory
 
 

@@ -97,42 +97,68 @@ STEPS: Final[dict[str, str]] = {"execute_tool": "tool", "invoke_agent": "agent"}
 """Operations that are steps of an agent → our kind of step. Others (plans, memory, workflows) are left out."""
 
 
+CONSTANT: Final[frozenset[str]] = frozenset(
+    {"operation", "oi_kind", "ai_operation", "tl_kind", "request_type", "provider", "model", "served", "finish", "stream"}
+)
+"""Fields with few different values: what their attribute reads as is remembered instead of read again."""
+
+CONTENT: Final[frozenset[str]] = frozenset({"arguments", "result"})
+"""Fields that are read only of tool calls, and hashed at once."""
+
+
 class KeyMap:
     """Attribute name → where its value goes, for one set of label rules.
 
-    `codes[key]` below `size` is a slot of the list that a span's values are gathered in; from `size` on it is a
-    stand-in, and `stand_ins[code - size]` tells (slot, rank, label slot or -1). Slots from `first_label` on hold labels.
+    `codes[key]` below `first_label` is a field's slot in the list that a span's values are gathered in, below `size` a
+    label's; from `size` on it is a stand-in, and `stand_ins[code - size]` tells (slot, rank, label slot or -1).
+    `masks[slot - first_label]` has a bit for every label that the slot has a say in.
     """
 
     def __init__(self, rules: Mapping[str, tuple[str, ...]]) -> None:
         self.first_label = len(FIELDS)
         self.codes: dict[str, int] = {}
         self.stand_ins: list[tuple[int, int, int]] = []
-        self.labels: list[tuple[str, list[tuple[int, int, str]]]] = []
-        label_slots: dict[str, int] = {}
+        self.label_slots: dict[str, int] = {}
         for key in _label_keys(rules):
-            label_slots.setdefault(key, self.first_label + len(label_slots))
-        self.size = self.first_label + len(label_slots)
-        self.label_slots = label_slots
+            self.label_slots.setdefault(key, self.first_label + len(self.label_slots))
+        self.size = self.first_label + len(self.label_slots)
         for name, keys in FIELDS.items():
             for rank, key in enumerate(keys):
-                if rank == 0 and key not in label_slots:
+                if rank == 0 and key not in self.label_slots:
                     self.codes[key] = INDEX[name]
                 else:
                     self.codes[key] = self.size + len(self.stand_ins)
-                    self.stand_ins.append((INDEX[name], rank, label_slots.get(key, -1)))
-        for key, slot in label_slots.items():
+                    self.stand_ins.append((INDEX[name], rank, self.label_slots.get(key, -1)))
+        for key, slot in self.label_slots.items():
             self.codes.setdefault(key, slot)
-        for name in LABELS:
-            if rules.get(name):
-                self.labels.append((name, [self._source(s) for s in rules[name]]))
+        self.labels = [[self._source(s) for s in rules.get(name, ())] for name in LABELS]
+        self.masks = self._masks()
+        self.wire_codes = {key.encode(): code for key, code in self.codes.items()}
+        self.constant = self._codes_of(CONSTANT)
+        self.content = self._codes_of(CONTENT)
 
-    def _source(self, text: str) -> tuple[int, int, str]:
-        """(slot of the value, slot of its version or -1, other label)."""
+    def _codes_of(self, names: frozenset[str]) -> frozenset[int]:
+        return frozenset(self.codes[key] for name in names for key in FIELDS[name])
+
+    def _source(self, text: str) -> tuple[int, int, int]:
+        """(slot of the value or -1, slot of its version or -1, position of the other label or -1)."""
         if text.startswith("="):
-            return -1, -1, text[1:]
+            return -1, -1, LABELS.index(text[1:])
         name, _, version = text.partition("@")
-        return self.label_slots[name], self.label_slots[version] if version else -1, ""
+        return self.label_slots[name], self.label_slots[version] if version else -1, -1
+
+    def _masks(self) -> list[int]:
+        masks = [0] * len(self.label_slots)
+        for position, sources in enumerate(self.labels):
+            for slot, version, _ in sources:
+                for used in (slot, version):
+                    if used >= 0:
+                        masks[used - self.first_label] |= 1 << position
+        for position, sources in enumerate(self.labels):  # labels that follow another label change with it
+            for _, _, other in sources:
+                if other >= 0:
+                    masks = [m | 1 << position if m >> other & 1 else m for m in masks]
+        return masks
 
 
 def _label_keys(rules: Mapping[str, tuple[str, ...]]) -> Iterable[str]:

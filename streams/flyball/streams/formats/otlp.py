@@ -9,16 +9,16 @@ come in different bodies; here such a span only learns who its nearest calling a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, ClassVar, Final
 
 import msgspec
 from google.protobuf.message import DecodeError as ProtobufError
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from flyball.core.events import EARLIEST, LATEST, AgentStep, Event, LlmCall
 from flyball.core.ports import Decoded, Rejected
 from flyball.streams.formats import _otlp_json as js
+from flyball.streams.formats import _otlp_wire as wire
 from flyball.streams.formats._names import (
     MAX_COUNT,
     MAX_LABEL,
@@ -30,26 +30,25 @@ from flyball.streams.formats._names import (
     provider_name,
 )
 from flyball.streams.formats._options import FormatOptions
-from flyball.streams.formats._otlp_keys import INDEX, INFERENCE, STEPS, KeyMap
+from flyball.streams.formats._otlp_keys import FIELDS, INDEX, INFERENCE, STEPS, KeyMap
+from flyball.streams.labels import LABELS
 
-_OP, _OI, _AI, _TL = INDEX["operation"], INDEX["oi_kind"], INDEX["ai_operation"], INDEX["tl_kind"]
-_REQUEST_TYPE, _ATTEMPT = INDEX["request_type"], INDEX["attempt"]
-_PROVIDER, _MODEL, _SERVED, _PARAMETERS, _ID = (
-    INDEX[n] for n in ("provider", "model", "served", "parameters", "id")
-)
-_INPUT, _OUTPUT, _READ, _WRITE, _REASONING, _COST = (
-    INDEX[n] for n in ("input", "output", "cache_read", "cache_write", "reasoning", "cost")
-)
-_FINISH, _ERROR, _STATUS, _CODE, _TTFT, _TTFT_MS = (
-    INDEX[n] for n in ("finish", "error", "status", "code", "ttft_s", "ttft_ms")
-)
-_STREAM, _RETRIES, _TOOL, _ARGUMENTS, _RESULT = (
-    INDEX[n] for n in ("stream", "retries", "tool", "arguments", "result")
-)
+(
+    _OP, _OI, _AI, _TL, _REQUEST_TYPE, _ATTEMPT, _PROVIDER, _MODEL, _SERVED, _PARAMETERS, _ID, _INPUT, _OUTPUT, _READ,
+    _WRITE, _REASONING, _COST, _FINISH, _ERROR, _STATUS, _CODE, _TTFT, _TTFT_MS, _STREAM, _RETRIES, _TOOL, _ARGUMENTS,
+    _RESULT,
+) = (INDEX[name] for name in FIELDS)  # fmt: skip
+_TEAM, _APP, _TENANT, _PROMPT, _RUN, _KEY, _AGENT, _REGION = range(len(LABELS))
+
 _HOPS: Final = 32
 """How far up a trace the search for a calling ancestor goes."""
+_CONSTANTS: Final = 4096
 _PLAIN, _ROLL_UP, _RAW_CHILD, _OTHER = "other_span", "roll_up", "raw_child", "not_inference"
 _OI_STEPS: Final = {"TOOL": "tool", "AGENT": "agent"}
+_MESSAGE: Final = 4000
+
+Labels = tuple[str, ...]
+"""Values in the order of `LABELS`."""
 
 
 class _Bad(Exception):
@@ -71,6 +70,15 @@ _parameters = msgspec.json.Decoder(_Parameters)
 _words = msgspec.json.Decoder(list[str])
 
 
+class _Group:
+    """Spans of one resource and scope, and how they are read."""
+
+    __slots__ = ("labels", "read", "scope", "template")
+
+    def __init__(self, template: list[Any], labels: Labels, scope: str, read: Any) -> None:
+        self.template, self.labels, self.scope, self.read = template, labels, label(scope), read
+
+
 class _Body:
     """What one body has given so far."""
 
@@ -82,8 +90,8 @@ class _Body:
         self.ignored: dict[str, int] = {}
         self.plain: dict[Any, Any] = {}
         """Spans that are neither call nor step: id → parent's id, to find a calling ancestor through them."""
-        self.calls: dict[Any, int] = {}
-        self.parents: dict[int, Any] = {}
+        self.calls: dict[str, int] = {}
+        self.parents: list[tuple[int, Any]] = []
         self.scopes: set[str] = set()
         self.seen = 0
 
@@ -98,13 +106,13 @@ class Otlp:
         self._options = options or FormatOptions()
         self._keys = KeyMap(self._options.labels.otlp)
         self._hash = self._options.hasher()
+        self._constants: dict[bytes, Any] = {}
 
     def decode(self, body: bytes, content_type: str = "") -> Decoded:
         if body[:1] == b"{":
             return self._json(body)
-        request = ExportTraceServiceRequest()
         try:
-            request.ParseFromString(body)
+            request = wire.Request.FromString(body)
         except ProtobufError:
             if body.lstrip()[:1] == b"{":
                 return self._json(body)
@@ -117,46 +125,106 @@ class Otlp:
             return Decoded([], [Rejected("protobuf", detail, body)])
         out = _Body()
         for resource_spans in request.resource_spans:
-            template, labels = self._resource(resource_spans.resource.attributes)
+            template, labels = self._resource(_wire_attributes(resource_spans.resource.attributes))
             for scope_spans in resource_spans.scope_spans:
-                scope = label(scope_spans.scope.name)
-                self._spans(scope_spans.spans, template, labels, scope, bytes.hex, out)
+                group = _Group(template, labels, wire.text(scope_spans.scope.name), wire.WireSpan)
+                self._wire_spans(scope_spans.spans, group, out)
         return self._finished(out)
+
+    def _wire_spans(self, spans: Iterable[Any], group: _Group, out: _Body) -> None:
+        """The hot path: every attribute of every span passes here, most of them to be skipped by name."""
+        keys = self._keys
+        code_of, first_label, size, masks = keys.wire_codes.get, keys.first_label, keys.size, keys.masks
+        constant, content, constants = keys.constant, keys.content, self._constants
+        value_in, take, template = wire.value_in, self._take, group.template
+        for span in spans:
+            slots = template[:]
+            stand_ins: list[tuple[int, Any]] = []
+            touched = 0
+            try:
+                for data in span.attributes:
+                    end = data[1] + 2
+                    code = code_of(data[2:end])
+                    if code is None:
+                        continue
+                    if code in constant:
+                        value = constants.get(data)
+                        if value is None:
+                            value = value_in(data, end)
+                            if len(constants) < _CONSTANTS:
+                                constants[data] = value
+                    elif code in content:
+                        value = data  # read by a tool's step only
+                    else:
+                        value = value_in(data, end)
+                    if code < first_label:
+                        slots[code] = value
+                    elif code < size:
+                        slots[code] = value
+                        touched |= masks[code - first_label]
+                    else:
+                        stand_ins.append((code, value))
+            except (wire.WireError, IndexError):
+                out.rejected.append(Rejected("protobuf", "a span with a damaged attribute.", b"", out.seen))
+                out.seen += 1
+                continue
+            if stand_ins:
+                touched |= self._stand_in(slots, stand_ins)
+            take(span, slots, touched, group, out)
 
     def _json(self, body: bytes) -> Decoded:
         out = _Body()
         try:
-            self._json_request(js.decode_request(body), out)
+            request = js.decode_request(body)
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
             self._json_carefully(body, out)
+        else:
+            for resource_spans in request.resource_spans:
+                for scope_spans, group in self._json_groups(resource_spans):
+                    for span in scope_spans.spans or ():
+                        self._json_span(span, group, out)
         return self._finished(out)
 
-    def _json_request(self, request: js.Request, out: _Body) -> None:
-        for resource_spans in request.resource_spans or ():
-            template, labels = self._resource(
-                (resource_spans.resource and resource_spans.resource.attributes) or ()
-            )
-            for scope_spans in resource_spans.scope_spans or ():
-                scope = label((scope_spans.scope and scope_spans.scope.name) or "")
-                self._spans(scope_spans.spans or (), template, labels, scope, js.hex_id, out)
+    def _json_groups(self, resource_spans: Any) -> Iterable[tuple[Any, _Group]]:
+        attributes = (resource_spans.resource and resource_spans.resource.attributes) or ()
+        template, labels = self._resource((a.key, js.plain(a.value)) for a in attributes)
+        for scope_spans in resource_spans.scope_spans or ():
+            scope = (scope_spans.scope and scope_spans.scope.name) or ""
+            yield scope_spans, _Group(template, labels, scope, js.JsonSpan)
+
+    def _json_span(self, span: js.Span, group: _Group, out: _Body) -> None:
+        keys = self._keys
+        slots = group.template[:]
+        stand_ins: list[tuple[int, Any]] = []
+        touched = 0
+        for attribute in span.attributes or ():
+            code = keys.codes.get(attribute.key)
+            if code is None or attribute.value is None:
+                continue
+            value = attribute.value if code in keys.content else js.plain(attribute.value)
+            if code < keys.size:
+                slots[code] = value
+                if code >= keys.first_label:
+                    touched |= keys.masks[code - keys.first_label]
+            else:
+                stand_ins.append((code, value))
+        if stand_ins:
+            touched |= self._stand_in(slots, stand_ins)
+        self._take(span, slots, touched, group, out)
 
     def _json_carefully(self, body: bytes, out: _Body) -> None:
         """A body with damaged spans, or several requests, one a line."""
         lines = [line for line in body.splitlines() if line.strip()]
-        for line in lines if len(lines) > 1 and all(line.lstrip()[:1] == b"{" for line in lines) else [body]:
+        several = len(lines) > 1 and all(line.lstrip()[:1] == b"{" for line in lines)
+        for line in lines if several else [body]:
             try:
                 request = js.decode_raw_request(line)
             except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-                detail = (
-                    "not an OTLP/JSON traces export request: `resourceSpans` with `scopeSpans` with `spans`."
-                )
+                detail = "not an OTLP/JSON traces export request: `resourceSpans` with `scopeSpans` with `spans`."
                 out.rejected.append(Rejected("json", detail, line, out.seen))
                 continue
-            for resource_spans in request.resource_spans or ():
-                attributes = (resource_spans.resource and resource_spans.resource.attributes) or ()
-                template, labels = self._resource(attributes)
-                for scope_spans in resource_spans.scope_spans or ():
-                    scope = label((scope_spans.scope and scope_spans.scope.name) or "")
+            for resource_spans in request.resource_spans:
+                for scope_spans, group in self._json_groups(resource_spans):
                     for raw in scope_spans.spans or ():
                         try:
                             span = js.decode_span(raw)
@@ -164,89 +232,43 @@ class Otlp:
                             detail = "a span with a field of a wrong type."
                             out.rejected.append(Rejected("type", detail, b"", out.seen))
                             out.seen += 1
-                            continue
-                        self._spans((span,), template, labels, scope, js.hex_id, out)
+                        else:
+                            self._json_span(span, group, out)
 
-    def _resource(self, attributes: Iterable[Any]) -> tuple[list[Any], dict[str, str]]:
+    def _resource(self, attributes: Iterable[tuple[str, Any]]) -> tuple[list[Any], Labels]:
         """The slots that every span of a resource starts from, and the labels when the span adds none."""
         template: list[Any] = [None] * self._keys.size
-        slots = self._keys.label_slots
-        for attribute in attributes:
-            slot = slots.get(attribute.key)
-            if slot is not None and attribute.value is not None:
-                template[slot] = attribute.value
-        return template, self._labels(template)
+        for key, value in attributes:
+            slot = self._keys.label_slots.get(key)
+            if slot is not None:
+                template[slot] = value
+        return template, self._labels(template, -1, ("",) * len(LABELS))
 
-    def _spans(
-        self,
-        spans: Iterable[Any],
-        template: list[Any],
-        labels: dict[str, str],
-        scope: str,
-        hex_id: Callable[[Any], str],
-        out: _Body,
-    ) -> None:
-        code_of = self._keys.codes.get
-        size, first_label = self._keys.size, self._keys.first_label
-        for span in spans:
-            slots = template[:]
-            stand_ins: list[tuple[int, Any]] | None = None
-            labelled = False
-            for attribute in span.attributes or ():
-                code = code_of(attribute.key)
-                if code is None:
-                    continue
-                if code < first_label:
-                    slots[code] = attribute.value
-                elif code < size:
-                    slots[code] = attribute.value
-                    labelled = True
-                elif stand_ins is None:
-                    stand_ins = [(code, attribute.value)]
-                else:
-                    stand_ins.append((code, attribute.value))
-            if stand_ins is not None:
-                labelled = self._stand_in(slots, stand_ins) or labelled
-            out.seen += 1
-            kind, operation = _kind(span, slots)
-            if kind != "call" and kind != "tool" and kind != "agent":
-                out.ignored[kind] = out.ignored.get(kind, 0) + 1
-                if kind != _ROLL_UP and span.parent_span_id:
-                    out.plain[span.span_id] = span.parent_span_id
-                continue
-            try:
-                found = self._labels(slots) if labelled else labels
-                if kind == "call":
-                    out.calls[span.span_id] = len(out.events)
-                    if span.parent_span_id:
-                        out.parents[len(out.events)] = span.parent_span_id
-                    out.events.append(self._call(span, slots, operation, found, scope, hex_id))
-                    out.scopes.add(scope)
-                else:
-                    out.events.append(self._step(span, slots, kind, found, scope, hex_id))
-            except _Bad as e:
-                out.rejected.append(Rejected(e.reason, e.detail, self._remains(span, hex_id), out.seen - 1))
-
-    def _stand_in(self, slots: list[Any], stand_ins: list[tuple[int, Any]]) -> bool:
+    def _stand_in(self, slots: list[Any], stand_ins: list[tuple[int, Any]]) -> int:
         """Older and foreign names fill the slots that the modern name left empty, the preferred one first."""
         table, size = self._keys.stand_ins, self._keys.size
-        ranked = stand_ins if len(stand_ins) == 1 else sorted(stand_ins, key=lambda s: table[s[0] - size][1])
-        labelled = False
-        for code, value in ranked:
-            slot, rank, label_slot = table[code - size]
+        if len(stand_ins) > 1:
+            stand_ins.sort(key=lambda s: table[s[0] - size][1])
+        touched = 0
+        for code, value in stand_ins:
+            slot, _, label_slot = table[code - size]
             if label_slot >= 0:
                 slots[label_slot] = value
-                labelled = True
-            if slots[slot] is None or (slot == _PROVIDER and not provider_name(_text(slots[slot]))):
+                touched |= self._keys.masks[label_slot - self._keys.first_label]
+            present = slots[slot]
+            if present is None or (slot == _PROVIDER and not provider_name(_text(present))):
                 slots[slot] = value
-        return labelled
+        return touched
 
-    def _labels(self, slots: list[Any]) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for name, sources in self._keys.labels:
+    def _labels(self, slots: list[Any], touched: int, base: Labels) -> Labels:
+        """The labels, of which only those are looked up anew that an attribute of the span has a say in."""
+        found = list(base)
+        for position, sources in enumerate(self._keys.labels):
+            if not touched >> position & 1:
+                continue
             for slot, version_slot, other in sources:
-                if slot < 0:
-                    value = found.get(other, "")
+                if other >= 0:
+                    value = found[other]
                 elif slots[slot] is None:
                     continue
                 else:
@@ -254,49 +276,72 @@ class Otlp:
                     if value and version_slot >= 0 and slots[version_slot] is not None:
                         value = f"{value}@{_text(slots[version_slot])}"
                 if value:
-                    found[name] = value if len(value) <= MAX_LABEL else value[:MAX_LABEL]
+                    found[position] = value if len(value) <= MAX_LABEL else value[:MAX_LABEL]
                     break
-        return found
+        return tuple(found)
 
-    def _call(
-        self,
-        span: Any,
-        slots: list[Any],
-        operation: str,
-        labels: dict[str, str],
-        scope: str,
-        hex_id: Callable[[Any], str],
-    ) -> LlmCall:
+    def _take(self, span: Any, slots: list[Any], touched: int, group: _Group, out: _Body) -> None:
+        """One span whose attributes have been gathered: an event, or the reason why it is none."""
+        kind, operation = _kind(span, slots, group.read)
+        out.seen += 1
+        if kind != "call" and kind != "tool" and kind != "agent":
+            out.ignored[kind] = out.ignored.get(kind, 0) + 1
+            if kind != _ROLL_UP and span.parent_span_id:
+                out.plain[span.span_id] = span.parent_span_id
+            return
+        try:
+            labels = self._labels(slots, touched, group.labels) if touched else group.labels
+            if kind == "call":
+                event = self._call(span, slots, operation, labels, group)
+                if span.parent_span_id:
+                    out.parents.append((len(out.events), span.parent_span_id))
+                out.calls[event.span] = len(out.events)
+                out.events.append(event)
+                out.scopes.add(group.scope)
+            else:
+                out.events.append(self._step(span, slots, kind, labels, group))
+        except _Bad as e:
+            out.rejected.append(Rejected(e.reason, e.detail, _remains(span, group.read), out.seen - 1))
+        except wire.WireError:
+            detail = "a span with a damaged status or event."
+            out.rejected.append(Rejected("protobuf", detail, _remains(span, group.read), out.seen - 1))
+
+    def _call(self, span: Any, slots: list[Any], operation: str, labels: Labels, group: _Group) -> LlmCall:
         start, at = _times(span)
-        trace = hex_id(span.trace_id)
-        provider, model, served = slots[_PROVIDER], slots[_MODEL], slots[_SERVED]
-        provider_label = provider_name(provider.string_value) if provider is not None else ""
-        stream_value = slots[_STREAM]
-        stream = stream_value is not None and stream_value.bool_value
-        model_label = model.string_value if model is not None else ""
+        hex_id = group.read.hex
+        trace, parent = hex_id(span.trace_id), span.parent_span_id
+        provider = slots[_PROVIDER]
+        provider = provider_name(provider) if provider.__class__ is str else ""
+        model, served = slots[_MODEL], slots[_SERVED]
+        model = model if model.__class__ is str else ""
+        served = served if served.__class__ is str else ""
+        stream = slots[_STREAM] is True
         if slots[_PARAMETERS] is not None:
             named, streams = _from_parameters(slots[_PARAMETERS])
-            model_label = model_label or named
-            stream = stream or streams
-        error, code = "", ""
-        status = span.status
-        if (status is not None and status.code in (2, "STATUS_CODE_ERROR")) or slots[_ERROR] is not None:
-            error, code = self._error(span, slots, provider_label)
-        served_label = served.string_value if served is not None else ""
-        if error and not model_label:
-            model_label = served_label
-        input_, output, read, write, reasoning = _tokens(slots, failed=bool(error))
-        ttft = _ttft(span, slots, start)
-        finish = slots[_FINISH]
-        response_id = slots[_ID]
-        if "run" not in labels and trace:
-            labels = {**labels, "run": trace}
+            model, stream = model or named, stream or streams
+        error = code = ""
+        if span.status or slots[_ERROR] is not None:
+            error, code = self._error(span, slots, provider, group.read)
+        input_, output, read, write, reasoning = _tokens(slots)
+        ttft = None
+        if slots[_TTFT] is not None or slots[_TTFT_MS] is not None or slots[_OI] is not None:
+            ttft = _ttft(span, slots, start, group.read)
+        finish, cost, retries, response_id = slots[_FINISH], slots[_COST], slots[_RETRIES], slots[_ID]
+        team, app, tenant, prompt, run, key, agent, region = labels
         return LlmCall(
             at=at,
-            id=identity(response_id.string_value) if response_id is not None else "",
-            provider=provider_label,
-            model=model_name(model_label or served_label),
-            model_served=model_name(served_label),
+            id=identity(response_id) if response_id.__class__ is str else "",
+            provider=provider,
+            model=model_name(model or served),
+            model_served=model_name(served) if served else "",
+            region=region,
+            app=app,
+            prompt=prompt,
+            team=team,
+            tenant=tenant,
+            key=key,
+            agent=agent,
+            run=run or trace,
             operation=operation,
             error=error,
             error_code=code,
@@ -305,66 +350,62 @@ class Otlp:
             cache_read_tokens=read,
             cache_write_tokens=write,
             reasoning_tokens=reasoning,
-            cost_usd=_cost(slots[_COST], error) if slots[_COST] is not None else None,
+            # A failed call, or one without usage, says 0: not said, rather than free.
+            cost_usd=_seconds(cost) or None if cost is not None else None,
             latency_s=at - start if 0.0 < start <= at else None,
             ttft_s=ttft,
             finish=_finish(finish) if finish is not None else "",
-            stream=stream or ttft is not None or operation == "stream",
-            retries=_count(slots[_RETRIES], "retries") if slots[_RETRIES] is not None else None,
+            stream=stream or ttft is not None,
+            retries=_count(retries, "retries") if retries is not None else None,
             trace=trace,
             span=hex_id(span.span_id),
-            parent=hex_id(span.parent_span_id),
-            scope=scope,
-            **labels,
+            parent=hex_id(parent) if parent else "",
+            scope=group.scope,
         )
 
-    def _error(self, span: Any, slots: list[Any], provider: str) -> tuple[str, str]:
-        """Class and code. The exception event's message is preferred: a status message may hold a whole traceback,
-        whose lines name errors that were only handled on the way."""
-        kind = _text(slots[_ERROR]) if slots[_ERROR] is not None else ""
-        raised, message = _exception(span)
-        if not message and span.status is not None:
-            message = (span.status.message or "").partition("Traceback (most recent call last)")[0]
+    def _error(self, span: Any, slots: list[Any], provider: str, read: Any) -> tuple[str, str]:
+        """Class and code; both empty when the call went well.
+
+        The exception event's message is preferred: a status message may hold a whole traceback, whose lines name
+        errors that were only handled on the way."""
+        failed, status_message = read.status(span)
+        if not failed and slots[_ERROR] is None:
+            return "", ""
+        kind = _text(slots[_ERROR])
+        raised, message = _exception(span, read)
+        message = message or status_message.partition("Traceback (most recent call last)")[0]
         if not kind or kind == "_OTHER":
             kind = raised
         http = _maybe_count(slots[_STATUS])
-        own = _text(slots[_CODE]) if slots[_CODE] is not None else ""
+        own = _text(slots[_CODE])
         klass = self._options.classifier.classify(
-            provider=provider, status=http, code=own, type=kind, message=message
+            provider=provider, status=http, code=own, type=kind, message=message[:_MESSAGE]
         )
         code = own or (str(http) if http is not None and http >= 400 else kind.rpartition(".")[2])
         return klass, code[:128]
 
-    def _step(
-        self,
-        span: Any,
-        slots: list[Any],
-        kind: str,
-        labels: dict[str, str],
-        scope: str,
-        hex_id: Callable[[Any], str],
-    ) -> AgentStep:
+    def _step(self, span: Any, slots: list[Any], kind: str, labels: Labels, group: _Group) -> AgentStep:
         start, at = _times(span)
-        trace, own = hex_id(span.trace_id), hex_id(span.span_id)
-        status = span.status
-        failed = (status is not None and status.code in (2, "STATUS_CODE_ERROR")) or slots[_ERROR] is not None
-        tool = label(_text(slots[_TOOL]) or span.name) if kind == "tool" else ""
-        error, message = "", ""
+        read = group.read
+        trace, own = read.hex(span.trace_id), read.hex(span.span_id)
+        failed = read.status(span)[0] or slots[_ERROR] is not None
+        is_tool = kind == "tool"
+        tool = label(_text(slots[_TOOL]) or read.name(span)) if is_tool else ""
+        error = message = ""
         if failed:
-            raised, message = _exception(span)
+            raised, message = _exception(span, read)
             error = label((_text(slots[_ERROR]) or raised or "error").rpartition(".")[2])
-        arguments, result = (
-            (_content(slots[_ARGUMENTS]), _content(slots[_RESULT])) if kind == "tool" else (None, None)
-        )
+        arguments = _content(slots[_ARGUMENTS]) if is_tool else None
+        result = _content(slots[_RESULT]) if is_tool else None
         if result is None and message:
             result = message  # what the agent sees of a tool that failed
         return AgentStep(
             at=at,
-            run=labels.get("run", "") or trace,
-            app=labels.get("app", ""),
-            agent=labels.get("agent", "") or (label(span.name) if kind == "agent" else ""),
-            team=labels.get("team", ""),
-            tenant=labels.get("tenant", ""),
+            run=labels[_RUN] or trace,
+            app=labels[_APP],
+            agent=labels[_AGENT] or ("" if is_tool else label(read.name(span))),
+            team=labels[_TEAM],
+            tenant=labels[_TENANT],
             kind=kind,
             tool=tool,
             args_hash=self._hash.of(arguments, tool) if arguments is not None else "",
@@ -375,71 +416,58 @@ class Otlp:
             id=own,
             trace=trace,
             span=own,
-            parent=hex_id(span.parent_span_id),
-            scope=scope,
-        )
-
-    def _remains(self, span: Any, hex_id: Callable[[Any], str]) -> bytes:
-        """What a dead letter keeps of a span: who, when, and which attributes it had; no value of any."""
-        return msgspec.json.encode(
-            {
-                "traceId": hex_id(span.trace_id),
-                "spanId": hex_id(span.span_id),
-                "startTimeUnixNano": str(span.start_time_unix_nano),
-                "endTimeUnixNano": str(span.end_time_unix_nano),
-                "attributes": sorted(label(a.key) for a in span.attributes or ()),
-            }
+            parent=read.hex(span.parent_span_id) if span.parent_span_id else "",
+            scope=group.scope,
         )
 
     def _finished(self, out: _Body) -> Decoded:
         """Where several instrumentations wrote into one body, a call's parent becomes its nearest calling ancestor."""
         if len(out.scopes) > 1 and out.plain:
-            own_ids = {index: own for own, index in out.calls.items()}
-            for index, parent in out.parents.items():
-                if index >= len(out.events) or not isinstance(out.events[index], LlmCall):
-                    continue
+            for index, parent in out.parents:
                 above, hops = parent, 0
                 while above in out.plain and hops < _HOPS:
                     above, hops = out.plain[above], hops + 1
-                if hops and above in out.calls and above != own_ids.get(index):
-                    ancestor = out.events[out.calls[above]]
-                    if isinstance(ancestor, LlmCall):
-                        out.events[index] = msgspec.structs.replace(out.events[index], parent=ancestor.span)
+                name = above.hex() if isinstance(above, bytes) else js.hex_id(above)
+                call = out.events[index]
+                if hops and name in out.calls and isinstance(call, LlmCall) and call.span != name:
+                    out.events[index] = msgspec.structs.replace(call, parent=name)
         return Decoded(out.events, out.rejected, out.ignored)
 
 
-def _kind(span: Any, slots: list[Any]) -> tuple[str, str]:
+def _wire_attributes(attributes: Iterable[bytes]) -> Iterable[tuple[str, Any]]:
+    for data in attributes:
+        try:
+            key, value = wire.attribute(data)
+        except wire.WireError:
+            continue  # a resource with a damaged attribute is still the resource of its spans
+        yield wire.text(key), value
+
+
+def _kind(span: Any, slots: list[Any], read: Any) -> tuple[str, str]:
     """`call`, `tool` or `agent`, and the operation; else the reason for which the span is left out."""
-    value = slots[_OP]
-    if value is not None:
-        name = value.string_value
+    name = slots[_OP]
+    if name.__class__ is str and name:
         operation = INFERENCE.get(name)
-        if operation is not None:
-            return "call", operation
-        if name:
-            return STEPS.get(name, _OTHER), ""
-    value = slots[_OI]
-    if value is not None:
-        kind = value.string_value.upper()
+        return ("call", operation) if operation is not None else (STEPS.get(name, _OTHER), "")
+    kind = slots[_OI]
+    if kind.__class__ is str:
+        kind = kind.upper()
         if kind == "LLM":
             return "call", "chat"
         if kind == "EMBEDDING":
             return "call", "embeddings"
         return _OI_STEPS.get(kind, _OTHER), ""
-    value = slots[_AI]
-    if value is not None:
-        return _ai_sdk_kind(value.string_value)
-    value = slots[_TL]
-    if value is not None and value.string_value in ("tool", "agent"):
-        return value.string_value, ""
-    value = slots[_REQUEST_TYPE]
-    if value is not None:
-        return "call", INFERENCE.get(value.string_value, "chat")
+    if slots[_AI].__class__ is str:
+        return _ai_sdk_kind(slots[_AI])
+    if slots[_TL] in ("tool", "agent"):
+        return str(slots[_TL]), ""
+    if slots[_REQUEST_TYPE].__class__ is str:
+        return "call", INFERENCE.get(slots[_REQUEST_TYPE], "chat")
     if slots[_ATTEMPT] is not None:
         return "call", "chat"
     if slots[_MODEL] is None or slots[_PROVIDER] is None:
         return _PLAIN, ""
-    if span.name == "raw_gen_ai_request":
+    if read.name(span) == "raw_gen_ai_request":
         return _RAW_CHILD, ""
     # No operation, but a model, a provider and an outcome: an older instrumentation of a model call.
     return ("call", "chat") if slots[_INPUT] is not None or slots[_ID] is not None else (_PLAIN, "")
@@ -456,100 +484,77 @@ def _ai_sdk_kind(operation: str) -> tuple[str, str]:
 
 def _times(span: Any) -> tuple[float, float]:
     """Start and end, seconds since the epoch. Raises: _Bad when there is no credible end."""
-    try:
-        start, end = int(span.start_time_unix_nano) / 1e9, int(span.end_time_unix_nano) / 1e9
-    except ValueError as e:
-        raise _Bad("type", "a span's time is no whole number of nanoseconds.") from e
-    at = end or start
+    start, end = span.start_time_unix_nano, span.end_time_unix_nano
+    if start.__class__ is not int or end.__class__ is not int:
+        try:
+            start, end = int(start or 0), int(end or 0)
+        except ValueError as e:
+            raise _Bad("type", "a span's time is no whole number of nanoseconds.") from e
+    at = (end or start) / 1e9
     if not EARLIEST <= at < LATEST:
-        raise _Bad(
-            "timestamp", f"a span ends at {at:.0f}; must be seconds since the epoch, UTC, from 2010 to 2099."
-        )
-    return start, at
+        raise _Bad("timestamp", f"a span ends at {at:.0f}; must be seconds since the epoch, UTC, from 2010 to 2099.")
+    return start / 1e9, at
 
 
 def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    text: str = value.string_value
-    if text:
-        return text
-    kind = value.WhichOneof("value")
-    if kind == "int_value":
-        return str(value.int_value)
-    if kind == "double_value":
-        return str(value.double_value)
+    if value.__class__ is str:
+        return value  # type: ignore[no-any-return]
+    if value.__class__ is int or value.__class__ is float:
+        return str(value)
     return ""
 
 
 def _maybe_count(value: Any) -> int | None:
     """A whole number, negative ones too; None when the value is none."""
-    number = value.int_value if value is not None else None
-    if not number:
-        kind = value.WhichOneof("value") if value is not None else None
-        if kind == "int_value":
-            return 0
-        if kind == "double_value":
-            number = value.double_value
-        elif kind == "string_value":
-            number = value.string_value
-        else:
-            return None
-    if type(number) is int:
-        return number
-    try:
-        return int(number) if isinstance(number, str) or math.isfinite(number) else None
-    except ValueError:
-        return None
+    if value.__class__ is int:
+        return value  # type: ignore[no-any-return]
+    if value.__class__ is float:
+        return int(value) if math.isfinite(value) else None
+    if value.__class__ is str and value.isascii() and len(value) <= 20 and value.lstrip("-").isdigit():
+        return int(value)
+    return None
 
 
 def _count(value: Any, name: str) -> int | None:
-    number = _maybe_count(value)
-    if number is None:
-        return None
+    number = value if value.__class__ is int else _maybe_count(value)
+    if number is None or 0 <= number <= MAX_COUNT:
+        return number
     if number < 0:
         raise _Bad("negative", f"{name} is {number}; counts are zero or more.")
-    if number > MAX_COUNT:
-        raise _Bad("too_large", f"{name} is beyond {MAX_COUNT:,}.")
-    return number
+    raise _Bad("too_large", f"{name} is beyond {MAX_COUNT:,}.")
 
 
 def _seconds(value: Any) -> float | None:
-    number = value.double_value
-    if not number:
-        number = _maybe_count(value)
-    try:
-        seconds = float(number) if number is not None else -1.0
-    except ValueError:
-        return None
-    return seconds if 0.0 <= seconds < 1e6 else None
+    """A finite number of zero or more, also for dollars; None when the value is none."""
+    if value.__class__ is str:
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if value.__class__ is float or value.__class__ is int:
+        return float(value) if 0.0 <= value < 1e9 else None
+    return None
 
 
-def _cost(value: Any, error: str) -> float | None:
-    """A failed call, or one without usage, says 0 for its cost: not said, rather than free."""
-    cost = _seconds(value)
-    return None if not cost else cost
-
-
-def _tokens(
-    slots: list[Any], failed: bool
-) -> tuple[int | None, int | None, int | None, int | None, int | None]:
+def _tokens(slots: list[Any]) -> tuple[int | None, int | None, int | None, int | None, int | None]:
     """Input, output, cache read, cache write, reasoning. Missing is not zero, and no prompt is empty: an input of 0
     means that the source did not know."""
-    value = slots[_INPUT]
-    input_ = _count(value, "input tokens") if value is not None else None
-    value = slots[_OUTPUT]
-    output = _count(value, "output tokens") if value is not None else None
+    input_, output = slots[_INPUT], slots[_OUTPUT]
+    if input_ is not None:
+        input_ = _count(input_, "input tokens")
+    if output is not None:
+        output = _count(output, "output tokens")
     if not input_:
-        input_ = None
         if not output:
             return None, None, None, None, None
-    value = slots[_READ]
-    read = _count(value, "cache-read tokens") if value is not None else None
-    value = slots[_WRITE]
-    write = _count(value, "cache-write tokens") if value is not None else None
-    value = slots[_REASONING]
-    reasoning = _count(value, "reasoning tokens") if value is not None else None
+        input_ = None
+    read, write, reasoning = slots[_READ], slots[_WRITE], slots[_REASONING]
+    if read is not None:
+        read = _count(read, "cache-read tokens")
+    if write is not None:
+        write = _count(write, "cache-write tokens")
+    if reasoning is not None:
+        reasoning = _count(reasoning, "reasoning tokens")
     if input_ is not None and (read or write):
         cached = (read or 0) + (write or 0)
         if cached > input_:
@@ -558,76 +563,75 @@ def _tokens(
 
 
 def _finish(value: Any) -> str:
-    text = value.string_value
-    if text:
-        if text[0] == "[":  # LiteLLM writes the list as JSON text
-            try:
-                return finish_of(_words.decode(text))
-            except (msgspec.DecodeError, RecursionError):
-                return ""
-        return finish_name(text)
-    array = value.array_value
-    if array is None:
+    if value.__class__ is list:
+        if len(value) == 1 and value[0].__class__ is str:
+            return finish_name(value[0])
+        return finish_of([v for v in value if v.__class__ is str])
+    if value.__class__ is not str:
         return ""
-    values = array.values
-    if len(values) == 1:
-        return finish_name(values[0].string_value)
-    return finish_of([v.string_value for v in values])
+    if value[:1] == "[":  # LiteLLM writes the list as JSON text
+        try:
+            return finish_of(_words.decode(value))
+        except (msgspec.DecodeError, RecursionError):
+            return ""
+    return finish_name(value)
 
 
 def _from_parameters(value: Any) -> tuple[str, bool]:
+    if value.__class__ is not str:
+        return "", False
     try:
-        found = _parameters.decode(value.string_value)
+        found = _parameters.decode(value)
     except (msgspec.DecodeError, RecursionError):
         return "", False
     return found.model if isinstance(found.model, str) else "", found.stream is True
 
 
-def _ttft(span: Any, slots: list[Any], start: float) -> float | None:
-    value = slots[_TTFT]
-    if value is not None:
-        return _seconds(value)
-    value = slots[_TTFT_MS]
-    if value is not None:
-        milliseconds = _seconds(value)
+def _ttft(span: Any, slots: list[Any], start: float, read: Any) -> float | None:
+    if slots[_TTFT] is not None:
+        return _seconds(slots[_TTFT])
+    if slots[_TTFT_MS] is not None:
+        milliseconds = _seconds(slots[_TTFT_MS])
         return milliseconds / 1e3 if milliseconds is not None else None
-    if slots[_OI] is not None:
-        for event in span.events or ():
-            if event.name == "First Token Stream Event":
-                try:
-                    after = int(event.time_unix_nano) / 1e9 - start
-                except ValueError:
-                    return None
+    if span.events:
+        for name, at, _ in read.events(span):
+            if name == "First Token Stream Event":
+                after = at / 1e9 - start
                 return after if 0.0 <= after < 1e6 else None
     return None
 
 
-def _exception(span: Any) -> tuple[str, str]:
+def _exception(span: Any, read: Any) -> tuple[str, str]:
     """Type and message of the last exception event: the one that left the call."""
-    kind, message = "", ""
-    for event in span.events or ():
-        if event.name == "exception" or event.name == "gen_ai.client.operation.exception":
-            for attribute in event.attributes or ():
-                if attribute.key == "exception.type":
-                    kind = _text(attribute.value)
-                elif attribute.key == "exception.message":
-                    message = _text(attribute.value)
+    kind = message = ""
+    for name, _, attributes in read.events(span):
+        if name in ("exception", "gen_ai.client.operation.exception"):
+            kind = _text(attributes.get("exception.type")) or kind
+            message = _text(attributes.get("exception.message")) or message
     return kind, message
 
 
-def _content(value: Any, depth: int = 0) -> object | None:
-    """An attribute's value as plain data, to be hashed at once and dropped."""
-    if value is None or depth > 40:
-        return None
-    kind = value.WhichOneof("value")
-    if kind == "kvlist_value":
-        return {entry.key: _content(entry.value, depth + 1) for entry in value.kvlist_value.values}
-    if kind == "array_value":
-        return [_content(entry, depth + 1) for entry in value.array_value.values]
-    return getattr(value, kind) if kind is not None else None
+def _content(value: Any) -> Any:
+    """A content attribute, left unread until here, as plain data: to be hashed at once and dropped."""
+    if value.__class__ is bytes:
+        return wire.attribute(value)[1]
+    return js.plain(value) if isinstance(value, js.AnyValue) else value
 
 
-def _size(content: object) -> int:
+def _size(content: Any) -> int:
     if isinstance(content, str):
         return len(content.encode("utf-8", "surrogatepass"))
     return len(content) if isinstance(content, bytes) else len(repr(content))
+
+
+def _remains(span: Any, read: Any) -> bytes:
+    """What a dead letter keeps of a span: who, when, and which attributes it had; no value of any."""
+    return msgspec.json.encode(
+        {
+            "traceId": read.hex(span.trace_id),
+            "spanId": read.hex(span.span_id),
+            "startTimeUnixNano": str(span.start_time_unix_nano),
+            "endTimeUnixNano": str(span.end_time_unix_nano),
+            "attributes": sorted(label(key) for key in read.keys(span)),
+        }
+    )
