@@ -171,7 +171,9 @@ def test_the_place_inside_a_condition_is_right_in_every_style_of_text(style: str
 
 def test_places_count_characters_and_not_bytes() -> None:
     text = GOOD.replace("llm-platform", "équipe-plateforme-été")
-    text = text.replace('incident.root.kind == "provider"', 'incident.root.name != "é" && incident.sgnal == "ö"')
+    text = text.replace(
+        'incident.root.kind == "provider"', 'incident.root.name != "é" && incident.sgnal == "ö"'
+    )
     offset = text.index("incident.sgnal")
     column = offset - text.rfind("\n", 0, offset)
     assert errors_of(text)[0].startswith(f"f.yaml:4:{column}: RB104")
