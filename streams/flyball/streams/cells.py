@@ -293,7 +293,7 @@ class CellTable:
             self.overflowed,
             self._overflowed_before,
             self.capacity,
-            (bytes(self._knocks) if any(self._knocks) else b"", self._knocked),
+            (bytes(self._knocks) if np.frombuffer(self._knocks, np.uint8).any() else b"", self._knocked),
         )
 
     def restore(self, state: tuple[Any, ...]) -> None:
