@@ -418,7 +418,7 @@ class Lane:
             int(s[14]),
         )
         lane.fail_tool, lane.tool, lane.error = str(s[15]), str(s[16]), str(s[17])
-        lane.mark, lane.adj_mark, lane.call_mark, lane.fail_mark = (Mark.load(m) for m in s[18:21])
+        lane.mark, lane.adj_mark, lane.call_mark, lane.fail_mark = (Mark.load(m) for m in s[18:22])
         return lane
 
 

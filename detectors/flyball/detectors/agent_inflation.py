@@ -433,10 +433,13 @@ class AgentInflation:
             "children": parent.children,
             "usual_children": round(expected, 1),
             "compared_with_runs": level.n,
-            "z": round(z, 2),
         }
-        if not known:
+        if known:
+            facts["z"] = round(z, 2)
+        else:
+            # A rule, not a probability: the score says by how much the limit is passed.
             facts["limit_without_baseline"] = p.children_without_baseline
+            z = p.z * parent.children / p.children_without_baseline
         self._phase(
             parent,
             "agent.fan_out",

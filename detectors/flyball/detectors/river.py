@@ -271,7 +271,8 @@ class RiverDetector:
         s.n += 1
         ready = s.n > p.warmup
         z = s.level.z(value, _FLOOR_SD) if s.level.n > 1 else 0.0
-        wrong_way = (p.direction == "up" and z < 0) or (p.direction == "down" and z > 0)
+        # A model that scores a value at the series' own level as odd is in its grace period or wrong; neither wakes anybody.
+        wrong_way = abs(z) < 1.0 or (p.direction == "up" and z < 0) or (p.direction == "down" and z > 0)
         away = alarm = False
         score, rank = 0.0, 1.0
         x = self._shown(s, value)
