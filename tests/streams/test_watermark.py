@@ -191,3 +191,36 @@ def test_restoring_changes_nothing(body: list[tuple[str, float, float | None, bo
         assert {k: s.correction_s for k, s in one.senders.items()} == {
             k: s.correction_s for k, s in two.senders.items()
         }
+
+
+def sparse(w: Watermarks, bodies: int, held_s: float) -> None:
+    """A sender of little traffic whose bodies reach back `held_s`, beside one that sends each second."""
+    for now in range(1000, 1000 + 7 * bodies):
+        deliver(w, "busy", now - 0.5, received_at=float(now))
+        if now % 7 == 0:
+            deliver(w, "sparse", now - held_s, now - held_s + 0.1, received_at=float(now))
+
+
+def test_a_sparse_sender_that_never_holds_events_back_for_long_is_not_waited_for_longer_than_that() -> None:
+    w = Watermarks(2.0, 15.0)
+    sparse(w, bodies=10, held_s=3.0)
+    last = w._now
+    assert w.value >= last - 3.0 - 2.0 - 1.0
+
+
+def test_a_sender_is_waited_for_as_before_until_its_habit_is_known() -> None:
+    w = Watermarks(2.0, 15.0)
+    for now in (1000.0, 1007.0, 1014.0):
+        deliver(w, "sparse", now - 3.0, received_at=now)
+    deliver(w, "busy", 1019.0, received_at=1019.5)
+    assert w.value == 1011.0 - 2.0
+
+
+def test_a_sender_that_once_held_events_back_longer_is_waited_for_longer() -> None:
+    w = Watermarks(2.0, 15.0)
+    sparse(w, bodies=10, held_s=3.0)
+    now = w._now + 1
+    deliver(w, "sparse", now - 9.0, received_at=now)
+    before = w.value
+    deliver(w, "busy", now + 3.5, received_at=now + 4.0)
+    assert w.value == max(before, now + 4.0 - 9.0 - 2.0)

@@ -31,7 +31,9 @@ from flyball.detectors._budget import PageBudget
 from flyball.detectors._episodes import CoolDown
 from flyball.incidents.correlator import Correlator
 from flyball.incidents.settings import IncidentSettings
-from flyball.remediation.executor import Executor
+from flyball.remediation.executor import Executor, ExecutorSettings
+from flyball.remediation.scripted import ScriptedExecutor
+from flyball.remediation.verify import VerifySettings
 from flyball.runbooks.estate import LiveEstate
 from flyball.runbooks.loader import RunbookSet
 from flyball.runbooks.planner import Planner
@@ -52,6 +54,8 @@ class PipelineConfig:
     cooldown_s: float = 300.0
     mode: str = "suggest"
     runbooks: RunbookSet | None = None
+    scripted: bool = False
+    """Nothing is done to the world: directives are judged as if they had worked (replay)."""
 
 
 @dataclass(slots=True)
@@ -108,7 +112,8 @@ class Pipeline:
         self._correlator = Correlator(config.incidents)
         self._estate = LiveEstate()
         self._planner = Planner(config.runbooks or RunbookSet(), config.mode)
-        self._executor = Executor()
+        executor = ExecutorSettings(verify=VerifySettings(window_s=config.windows.window_s))
+        self._executor = ScriptedExecutor(executor) if config.scripted else Executor(executor)
 
     # --- in -------------------------------------------------------------------------------------------------------
 
@@ -153,12 +158,15 @@ class Pipeline:
         return self._counted(out)
 
     def command(self, kind: str, incident: str, by: str, at: float, until: float | None = None) -> Emissions:
-        """A person's word: `acknowledge`, `resolve`, `silence`, `reopen`.
+        """A person's word: `ack`, `resolve`, `silence`, `reopen`.
 
         Raises: ConfigError when the incident is unknown or its state forbids it.
         """
         out = Emissions()
-        out.changes += self._correlator.command(kind, incident, by, at, until)
+        self._now = max(self._now, at)
+        changes = list(self._correlator.command(kind, incident, by, at, until))
+        out.changes += changes
+        self._act(changes, out, ticking=False)
         return self._counted(out)
 
     def enforced(self, report: Enforced) -> Emissions:

@@ -23,7 +23,9 @@ from flyball.streams.windows import WindowSettings
 DATABASE_FILE: Final = "flyball.sqlite3"
 
 
-def pipeline_config(settings: Settings, *, runbooks: RunbookSet | None = None) -> PipelineConfig:
+def pipeline_config(
+    settings: Settings, *, runbooks: RunbookSet | None = None, scripted: bool = False
+) -> PipelineConfig:
     """Raises: ConfigError when a runbook is refused."""
     return PipelineConfig(
         windows=WindowSettings(
@@ -36,14 +38,17 @@ def pipeline_config(settings: Settings, *, runbooks: RunbookSet | None = None) -
         false_pages_per_week=settings.false_pages_per_week,
         cooldown_s=settings.cooldown_s,
         mode=settings.mode,
+        scripted=scripted,
         runbooks=runbooks
         if runbooks is not None
         else load_runbooks(settings.runbooks, actions=actions.registry()),
     )
 
 
-def make_pipeline(settings: Settings, timer: Callable[[], float] | None = None) -> Pipeline:
-    return Pipeline(pipeline_config(settings), timer=timer)
+def make_pipeline(
+    settings: Settings, timer: Callable[[], float] | None = None, *, scripted: bool = False
+) -> Pipeline:
+    return Pipeline(pipeline_config(settings, scripted=scripted), timer=timer)
 
 
 def make_formats(settings: Settings, hash_key: bytes) -> dict[str, Format]:

@@ -27,6 +27,8 @@ FUTURE_S: Final = 2.0
 MAX_SKEW_S: Final = 86_400.0
 """More than a day is no clock that is off: such times are clamped or late, not corrected."""
 _REMEMBERED: Final = 9
+_AGES: Final = 32
+"""Bodies that a sender's habit of holding events back is read off."""
 _ENOUGH: Final = 5
 _STEADY_S: Final = 15.0
 MAX_SENDERS: Final = 10_000
@@ -46,6 +48,20 @@ class Sender:
     gaps_s: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     """Arrival less newest raw event time, of its last bodies."""
     queued: bool = False
+    ages_s: deque[float] = field(default_factory=lambda: deque(maxlen=_AGES))
+    """How old the oldest event of its last bodies was on arrival: how long it may hold an event back."""
+
+    def frontier(self, now: float, max_delay_s: float) -> float:
+        """Up to when its events can be expected to have arrived.
+
+        A sender that says nothing is either idle or collecting. One whose last bodies never held an event back for longer than h seconds
+        has, by `now`, told everything up to now - h; without this, every sender of sparse traffic would be waited for
+        as long as a dead one.
+        """
+        if len(self.ages_s) < _ENOUGH:
+            return self.newest
+        held_s = max(self.ages_s)
+        return max(self.newest, now - held_s) if held_s < max_delay_s else self.newest
 
     def measure(self, gap_s: float) -> None:
         """Take one body's gap and decide the correction anew.
@@ -112,6 +128,9 @@ class Watermarks:
         if sender.correction_s:
             at = at + sender.correction_s
             gap_s -= sender.correction_s
+        age_s = received_at - float(at.min())
+        if age_s <= self.max_delay_s:  # older ones are late whatever we wait
+            sender.ages_s.append(age_s)
         if gap_s < -FUTURE_S:
             ahead = at > received_at + FUTURE_S
             self.clamped_future += int(ahead.sum())
@@ -155,9 +174,9 @@ class Watermarks:
         return self.value
 
     def _least(self) -> float:
-        """Least newest over active senders, less lateness; the newest of all when none holds.
+        """Least frontier over active senders, less lateness; the newest of all when none holds.
 
-        Entries of the queue may be older than their sender: put right when they come to the top, so that a delivery costs O(log senders).
+        Entries of the queue may be older than their sender's frontier: put right when they come to the top, so that a delivery costs O(log senders).
         """
         queue = self._queue
         while queue:
@@ -168,10 +187,11 @@ class Watermarks:
             elif sender.delivered < self._now - self.max_delay_s:
                 heapq.heappop(queue)
                 sender.queued = False
-            elif sender.newest > newest:
-                heapq.heapreplace(queue, (sender.newest, name))
             else:
-                return newest - self.lateness_s
+                frontier = sender.frontier(self._now, self.max_delay_s)
+                if frontier <= newest:
+                    return newest - self.lateness_s
+                heapq.heapreplace(queue, (frontier, name))
         return self.newest - self.lateness_s
 
     def _forget(self) -> None:
@@ -185,9 +205,9 @@ class Watermarks:
         """What `restore` needs, as plain values."""
         return {
             "value": self.value, "newest": self.newest, "now": self._now, "lag_s": self._lag_s,
-            "late": self.late, "clamped_future": self.clamped_future,
+            "late": self.late, "clamped_future": self.clamped_future, "queue": self._queue,
             "senders": [
-                (name, s.newest, s.delivered, s.holds, s.late, s.correction_s, list(s.gaps_s), s.queued)
+                (name, s.newest, s.delivered, s.holds, s.late, s.correction_s, list(s.gaps_s), s.queued, list(s.ages_s))
                 for name, s in self.senders.items()
             ],
         }  # fmt: skip
@@ -198,8 +218,15 @@ class Watermarks:
         self.late, self.clamped_future = state["late"], state["clamped_future"]
         self.senders = {
             name: Sender(
-                newest, delivered, holds, late, correction_s, deque(gaps_s, maxlen=_REMEMBERED), queued
+                newest,
+                delivered,
+                holds,
+                late,
+                correction_s,
+                deque(gaps_s, maxlen=_REMEMBERED),
+                queued,
+                deque(ages_s, maxlen=_AGES),
             )
-            for name, newest, delivered, holds, late, correction_s, gaps_s, queued in state["senders"]
+            for name, newest, delivered, holds, late, correction_s, gaps_s, queued, ages_s in state["senders"]
         }
-        self._queue = sorted((s.newest, name) for name, s in self.senders.items() if s.queued)
+        self._queue = [(at, name) for at, name in state["queue"]]

@@ -50,7 +50,7 @@ def replay(
     total = sum(f.stat().st_size for f in files if f.is_file())
     with _progress(total) as advance:
         source = Source(files, formats, format, advance)
-        for line in Replay(make_pipeline(settings)).run(source):
+        for line in Replay(make_pipeline(settings, scripted=True)).run(source):
             if as_json:
                 print_json(line)
             else:
