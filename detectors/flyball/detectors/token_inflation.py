@@ -1,0 +1,266 @@
+"""Calls that use more tokens than is normal, with the reason: longer prompts, longer answers, more calls or another mix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+import numpy as np
+
+from flyball.core.anomaly import Phase
+from flyball.core.columns import Rollup, Window
+from flyball.core.errors import ConfigError
+from flyball.detectors._budget import PageBudget
+from flyball.detectors._decompose import Usage, split_tokens
+from flyball.detectors._level import Evidence, Level, LevelDetector, LevelParams, Reading, Watch, variance_of
+from flyball.detectors._state import Column, Floats, Ints, Table, find_rollup, half_life_weight
+
+_COLUMN: Final = {"llm.input_tokens": "input_tokens", "llm.output_tokens": "output_tokens"}
+_APP: Final = ("app",)
+_PROMPT: Final = ("app", "prompt")
+_MODEL: Final = ("app", "model")
+_AGENT: Final = ("app", "agent")
+_SIBLINGS: Final = 64
+"""Prompt versions of one app that are remembered as possible predecessors, newest last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Params(LevelParams):
+    """See `LevelParams`; half as many again is the least that evidence is gathered for.
+
+    Args:
+        judge_agents: also judge calls that carry an agent label by their tokens per call. Off: in good agent runs the prompt grows
+            tenfold from first to last call, so such calls are judged per step and run, elsewhere, and are left out here.
+    """
+
+    judge_agents: bool = False
+
+    def __post_init__(self) -> None:
+        LevelParams.__post_init__(self)
+        if not isinstance(self.judge_agents, bool):
+            raise ConfigError("token_inflation needs judge_agents true or false")
+
+
+class _Usage:
+    """Normal calls, input and output tokens per window of each series, for the split of a change into its reasons."""
+
+    def __init__(self) -> None:
+        self.table = Table({"use": Column(width=3), "windows": Column()})
+
+    def learn(self, rollup: Rollup, keep: float, teaches: Floats) -> None:
+        self.table.align(rollup)
+        ids, t = rollup.ids, self.table
+        now = np.stack([rollup.calls, rollup.sums["input_tokens"], rollup.sums["output_tokens"]], axis=1)
+        gain = (np.maximum(1 - keep, 1 / (t["windows"][ids] + 1)) * teaches).astype(np.float32)
+        old = t["use"][ids]
+        t["use"][ids] = old + gain[:, None] * (now.astype(np.float32) - old)
+        t["windows"][ids] += teaches.astype(np.float32)
+
+    def normal(self, slot: int, per_minute: float) -> Usage:
+        calls, inputs, outputs = (float(v) * per_minute for v in self.table["use"][slot])
+        return Usage(calls, inputs, outputs)
+
+    def inherit(self, slot: int, donor: int) -> None:
+        self.table["use"][slot] = self.table["use"][donor]
+        self.table["windows"][slot] = self.table["windows"][donor]
+
+    def known(self, slot: int) -> bool:
+        return slot < len(self.table.born) and bool(self.table["windows"][slot] > 0)
+
+
+class TokenInflation(LevelDetector):
+    """Tokens per call depart from the normal of an app, prompt version, model within an app (or agent, if asked for).
+
+    Signals `llm.input_tokens` and `llm.output_tokens`. Judges the mean of ln(tokens), so one giant prompt weighs little.
+    A prompt version that is new starts with the normal of its predecessor (same name, other version), else of its app, widened by
+    how much that app's prompts differ: a version that doubles the tokens is seen in its first windows.
+
+    Evidence: `split_prompt`, `split_output`, `split_calls`, `split_mix` are shares of the change of tokens per minute, against
+    normal, and sum to 1; `tokens_per_min` and `baseline_tokens_per_min` are what changed.
+
+    When it misleads: at app level a move of calls to a prompt that is longer by nature shows as inflation; `split_mix` says
+    so where the prompts use different models.
+    """
+
+    kind: ClassVar[str] = "token_inflation"
+    klass: ClassVar[str] = "inflation"
+    unit: ClassVar[str] = "tokens/call"
+
+    def __init__(self, params: Params | None = None, budget: PageBudget | None = None) -> None:
+        self.params = params if params is not None else Params()
+        scopes = [_APP, _PROMPT, _MODEL, *([_AGENT] if self.params.judge_agents else [])]
+        super().__init__([Watch(signal, by) for signal in _COLUMN for by in scopes], self.params, budget)
+        self._usage = {by: _Usage() for by in scopes}
+        self._prompts: dict[str, list[tuple[str, int]]] = {}
+        """app → [(prompt name, slot)], newest last."""
+        self._agents = _AgentCells()
+
+    # --- reading --------------------------------------------------------------------------------------------------
+
+    def read(self, watch: Watch, rollup: Rollup, window: Window) -> Reading | None:
+        name = _COLUMN[watch.signal]
+        calls = rollup.counts[name].astype(np.float64)
+        logs, squares = rollup.sums[f"log_{name}"], rollup.sums[f"log2_{name}"]
+        if not self.params.judge_agents:
+            ours = self._agents.sums(window, rollup, name)
+            if ours is not None:
+                calls, logs, squares = calls - ours[0], logs - ours[1], squares - ours[2]
+        rows = np.flatnonzero(calls > 0.5)
+        n = calls[rows]
+        x = logs[rows] / n
+        return Reading(rows, x, n, variance_of(n, x, squares[rows]))
+
+    # --- a new prompt version ---------------------------------------------------------------------------------------
+
+    def born(self, watch: Watch, rollup: Rollup, slots: Ints, window: Window) -> None:
+        if watch.by != _PROMPT:
+            return
+        usage = self._usage[_PROMPT]
+        if watch.signal == "llm.input_tokens":  # the first of the two watches over this roll-up
+            usage.table.align(rollup)
+            self._forget(set(slots.tolist()))
+        apps = find_rollup(window, _APP)
+        app_slots = {apps.labels[slot][0]: slot for slot in apps.ids.tolist()} if apps is not None else {}
+        app_at, prompt_at = rollup.by.index("app"), rollup.by.index("prompt")
+        level, app_level = self.levels[watch], self.levels[Watch(watch.signal, _APP)]
+        for slot in slots.tolist():
+            app, prompt = rollup.labels[slot][app_at], rollup.labels[slot][prompt_at]
+            name = prompt.rpartition("@")[0] or prompt
+            siblings = self._prompts.setdefault(app, [])
+            known = [(n, s) for n, s in siblings if s != slot and _is_warm(level, s)]
+            older = [s for n, s in known if n == name]
+            if older:
+                level.inherit(slot, level, older[-1])
+                usage.inherit(slot, older[-1])
+            elif app in app_slots and _is_warm(app_level, app_slots[app]):
+                means = level.mean(np.array([s for _, s in known], np.int64)).astype(np.float64)
+                spread = float(np.var(means, ddof=1)) if len(means) > 1 else 0.0
+                level.inherit(slot, app_level, app_slots[app], extra_variance=spread)
+            if (name, slot) not in siblings:
+                siblings.append((name, slot))
+                del siblings[:-_SIBLINGS]
+
+    def _forget(self, slots: set[int]) -> None:
+        """Slots that came to mean other prompts are nobody's predecessors any more."""
+        for app in list(self._prompts):
+            self._prompts[app] = [(n, s) for n, s in self._prompts[app] if s not in slots]
+            if not self._prompts[app]:
+                del self._prompts[app]
+
+    # --- why ------------------------------------------------------------------------------------------------------
+
+    def learned(self, window: Window) -> None:
+        keep = half_life_weight(window.end - window.start, self.params.half_life_s)
+        for by, usage in self._usage.items():
+            rollup = find_rollup(window, by)
+            if rollup is None or not len(rollup):
+                continue
+            teaches = np.ones(len(rollup))
+            for signal in _COLUMN:
+                teaches[self.levels[Watch(signal, by)].suspect(rollup.ids)] = 0.0
+            usage.learn(rollup, keep, teaches)
+
+    def facts(self, watch: Watch, rollup: Rollup, row: int, window: Window, phase: Phase) -> Evidence:
+        per_minute = 60.0 / (window.end - window.start)
+        now = _usage_of(rollup, row, per_minute)
+        facts: Evidence = {
+            "calls_per_min": round(now.calls, 3),
+            "tokens_per_min": round(now.input_tokens + now.output_tokens, 3),
+            "input_tokens_per_call": round(now.input_tokens / max(now.calls, 1e-9), 3),
+            "output_tokens_per_call": round(now.output_tokens / max(now.calls, 1e-9), 3),
+        }
+        usage = self._usage[watch.by]
+        slot = int(rollup.ids[row])
+        if phase != "on" or not usage.known(slot):
+            return facts
+        before, after = {"": usage.normal(slot, per_minute)}, {"": now}
+        if watch.by == _APP:
+            models = self._by_model(rollup.labels[slot][0], window, per_minute)
+            if models is not None:
+                before, after = models
+        split = split_tokens(before, after)
+        facts["baseline_tokens_per_min"] = round(split.before, 3)
+        facts |= {f"split_{name}": round(share, 6) for name, share in split.shares().items()}
+        return facts
+
+    def _by_model(
+        self, app: str, window: Window, per_minute: float
+    ) -> tuple[dict[str, Usage], dict[str, Usage]] | None:
+        """Normal and present usage of an app's models; None where the windows do not tell models apart."""
+        rollup = find_rollup(window, _MODEL)
+        if rollup is None:
+            return None
+        app_at, model_at = rollup.by.index("app"), rollup.by.index("model")
+        rows = {slot: row for row, slot in enumerate(rollup.ids.tolist())}
+        usage = self._usage[_MODEL]
+        before, after = {}, {}
+        for slot, labels in enumerate(rollup.labels):
+            if labels[app_at] != app:
+                continue
+            if usage.known(slot):
+                before[labels[model_at]] = usage.normal(slot, per_minute)
+            if slot in rows:
+                after[labels[model_at]] = _usage_of(rollup, rows[slot], per_minute)
+        return (before, after) if before and after else None
+
+    # --- state ----------------------------------------------------------------------------------------------------
+
+    def pack_more(self) -> Any:
+        return {
+            "usage": [[list(by), usage.table.pack()] for by, usage in self._usage.items()],
+            "prompts": [[app, [list(p) for p in prompts]] for app, prompts in self._prompts.items()],
+        }
+
+    def load_more(self, state: Any) -> None:
+        for by, packed in state["usage"]:
+            self._usage[tuple(by)].table.load(packed)
+        self._prompts = {app: [(name, slot) for name, slot in prompts] for app, prompts in state["prompts"]}
+        self._agents = _AgentCells()
+
+
+def _is_warm(level: Level, slot: int) -> bool:
+    return slot < len(level.table.born) and bool(level.warm(np.array([slot]))[0])
+
+
+def _usage_of(rollup: Rollup, row: int, per_minute: float) -> Usage:
+    return Usage(
+        float(rollup.calls[row]) * per_minute,
+        float(rollup.sums["input_tokens"][row]) * per_minute,
+        float(rollup.sums["output_tokens"][row]) * per_minute,
+    )
+
+
+class _AgentCells:
+    """What calls with an agent label add to the rows of a roll-up. A cache over cell slots; holds nothing that a snapshot needs."""
+
+    def __init__(self) -> None:
+        self._cells = Table({"agent": Column("|b1")})
+        self._seen: tuple[float, Ints] = (-np.inf, np.zeros(0, np.int64))
+
+    def _rows(self, window: Window) -> Ints:
+        """Rows of `window.cells` whose calls were made by an agent."""
+        cells = window.cells
+        if "agent" not in cells.by or not len(cells):
+            return np.zeros(0, np.int64)
+        if self._seen[0] != window.start:
+            at = cells.by.index("agent")
+            for slot in self._cells.align(cells).tolist():
+                self._cells["agent"][slot] = cells.labels[slot][at] != ""
+            self._seen = (window.start, np.flatnonzero(self._cells["agent"][cells.ids]))
+        return self._seen[1]
+
+    def sums(self, window: Window, rollup: Rollup, name: str) -> tuple[Floats, Floats, Floats] | None:
+        """Calls, sum of ln, sum of ln² of agents' calls by row of `rollup`; None where there are none."""
+        rows = self._rows(window)
+        if not len(rows):
+            return None
+        cells = window.cells
+        places = [cells.by.index(label) for label in rollup.by]
+        row_of = {rollup.labels[slot]: row for row, slot in enumerate(rollup.ids.tolist())}
+        labels = (cells.labels[slot] for slot in cells.ids[rows].tolist())
+        target = np.array([row_of.get(tuple(one[p] for p in places), -1) for one in labels], np.int64)
+        there = target >= 0
+        rows, target, n = rows[there], target[there], len(rollup)
+        weights = (cells.counts[name], cells.sums[f"log_{name}"], cells.sums[f"log2_{name}"])
+        out = [np.bincount(target, weights=w[rows], minlength=n).astype(np.float64) for w in weights]
+        return out[0], out[1], out[2]
