@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from flyball.core.anomaly import Anomaly
 from flyball.core.incident import Incident
-from flyball.incidents.signals import FAILED_FAMILIES, FAMILY_NAMES, error_family, group_of
+from flyball.incidents.signals import AFTERMATH, FAILED_FAMILIES, FAMILY_NAMES, error_family, group_of
+
+_SILENT_S: Final = 60.0
+_AFTERMATH_S: Final = 60.0
 
 
 class Member(msgspec.Struct):
@@ -48,6 +51,8 @@ class Tally(msgspec.Struct):
     usd_per_min_now: float = 0.0
     tokens_per_min_now: float = 0.0
     estate_ratio_now: float = 0.0
+    worst_ratio: float = 0.0
+    """Largest failed share of one window of at least ten calls."""
 
 
 class Case(msgspec.Struct):
@@ -70,6 +75,8 @@ class Case(msgspec.Struct):
     ignored: dict[str, None] = {}
     """Anomalies that a person resolved away: their `still` brings nothing back, a new episode does."""
     told_at: float = 0.0
+    dirty: bool = False
+    """Whether figures changed since they were last told."""
     notes: list[str] = []
     loud: bool = False
     opening: bool = False
@@ -101,6 +108,18 @@ class Case(msgspec.Struct):
     def active(self) -> list[Anomaly]:
         """Anomalies that are on and not our own doing, in the order in which they joined."""
         return [m.anomaly for m in self.members.values() if m.on and not m.consequence]
+
+    def holding(self) -> list[Anomaly]:
+        """Active anomalies that keep the incident from being over. Two kinds do not, once another was heard to end: those
+        that have said nothing for long (series without traffic), and aftermath (retries, cost, cold caches) a while
+        after the last of what led to it."""
+        ended = [m.anomaly for m in self.members.values() if not m.on and not m.consequence]
+        last_end = max((a.at for a in ended), default=0.0)
+        found = [a for a in self.active() if last_end - a.at <= _SILENT_S]
+        if any(group_of(a.signal) not in AFTERMATH for a in found) or self.group in AFTERMATH:
+            return found
+        led_until = max((a.at for a in ended if group_of(a.signal) not in AFTERMATH), default=None)
+        return found if led_until is None else [a for a in found if a.at - led_until <= _AFTERMATH_S]
 
     def primary(self) -> list[Anomaly]:
         return [m.anomaly for m in self.members.values() if not m.consequence]

@@ -41,8 +41,8 @@ ERROR_FLOOR: Final = 0.005
 """Failed share that is expected even of what never failed: one failure among a few calls is no proof."""
 _MIN_BASE: Final = 20.0
 """Calls in the past before a label set's own past says what to expect."""
-_VOLUME_FLOOR: Final = 0.2
-"""Calls per window expected of a cell that was never seen."""
+_VOLUME_FLOOR: Final = {"calls": 0.2, "cost_usd": 1e-4}
+"""What is expected per window of a cell that was never seen."""
 _FAMILY_INDEX: Final = np.array(FAMILY_OF_INDEX)
 
 
@@ -335,7 +335,7 @@ class Cells:
         if spec.kind == "volume":
             windows = len(past_slices) + self._past_windows
             expected = past / windows * len(now_slices) if windows else np.zeros(self.n)
-            expected = np.maximum(expected, _VOLUME_FLOOR * len(now_slices))
+            expected = np.maximum(expected, _VOLUME_FLOOR[spec.column] * len(now_slices))
             if not windows:
                 return None
             idx = np.nonzero((now > 0) | (past > 0))[0]

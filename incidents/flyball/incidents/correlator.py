@@ -53,7 +53,7 @@ _SETTLING_S: Final = 120.0
 _SHOWN_ANOMALIES: Final = 100
 _MAX_CHANGES: Final = 2_000
 _MAX_SAMPLES: Final = 20_000
-_NO_DATA_WINDOWS: Final = 3
+_NO_DATA_WINDOWS: Final = 6
 
 
 class Correlator:
@@ -223,7 +223,10 @@ class Correlator:
         if len(piece.cells):
             self._data_at = max(self._data_at, window.end)
         for case in self._open.values():
-            if enrich.add_slice(case, self._cells, piece, self._scopes(case), self.settings.max_names):
+            quiet = case.quiet_since is not None
+            if enrich.add_slice(
+                case, self._cells, piece, self._scopes(case), self.settings.max_names, quiet=quiet
+            ):
                 case.data_at = window.end
                 case.no_data_told = False
 
@@ -253,7 +256,7 @@ class Correlator:
             return
         self._now = max(self._now, max(a.at for a in anomalies))
         touched: dict[str, bool] = {}
-        was_active = {c.incident.id: bool(c.active()) for c in self._open.values()}
+        was_active = {c.incident.id: bool(c.holding()) for c in self._open.values()}
         fresh = [a for a in sorted(anomalies, key=leading_order) if not self._known(a, touched)]
         fresh = [a for a in fresh if not self._consequence(a)]
         fresh = [a for a in fresh if not self._join_open(a, touched)]
@@ -527,13 +530,8 @@ class Correlator:
             self._reroot(case)
         if case.merged_into:
             return
-        if not case.active():
-            if case.quiet_since is None:
-                case.quiet_since = self._now
-                if case.live_effects() and allowed(case.incident.state, Step.VERIFY):
-                    self._step(
-                        case, Step.VERIFY, "all its anomalies are off; watching that it stays so", loud=False
-                    )
+        if not case.holding():
+            self._quiet(case)
         else:
             back = case.quiet_since is not None and not was_active
             case.quiet_since = None
@@ -545,6 +543,13 @@ class Correlator:
             self._open_now(case)
         elif case.notes or case.loud:
             self._flush(case)
+
+    def _quiet(self, case: Case) -> None:
+        if case.quiet_since is not None:
+            return
+        case.quiet_since = self._now
+        if case.live_effects() and allowed(case.incident.state, Step.VERIFY):
+            self._step(case, Step.VERIFY, "all its anomalies are off; watching that it stays so", loud=False)
 
     def _recount(self, case: Case) -> None:
         """Counts from the windows since the start, for a root that is new."""
@@ -561,6 +566,7 @@ class Correlator:
 
     def _refresh(self, case: Case) -> None:
         """Severity, page, figures and words as they are now. Severity only rises while an incident is open."""
+        before = _figures(case.incident)
         self._measure_factor(case)
         found, why = severity.judge(case, self.settings.severity, enrich.run_velocity(case, self._graph))
         if found > case.incident.severity or case.opening:
@@ -570,6 +576,7 @@ class Correlator:
             self._change(case, severity=found, severity_reason=why)
         self._decide_page(case)
         self._enrich(case)
+        case.dirty = case.dirty or _figures(case.incident) != before
 
     def _measure_factor(self, case: Case) -> None:
         spec = spec_of(case.incident.signal, case.incident.klass)
@@ -672,6 +679,8 @@ class Correlator:
         self._silences.expire(self._now)
         for case in list(self._open.values()):
             heard = self._heard(case)
+            if not case.holding():
+                self._quiet(case)
             if self._over(case, heard) or self._gone(case, heard):
                 continue
             window_s = self._cells.ring[-1].end - self._cells.ring[-1].start if self._cells.ring else 10.0
@@ -684,9 +693,8 @@ class Correlator:
                 case.data_at = heard
                 self._note(case, f"no data since {clock(heard)}: the state stays as it is")
             if self._now - case.told_at >= self.settings.update_s or case.notes:
-                before = case.incident
                 self._refresh(case)
-                if case.notes or _figures(case.incident) != _figures(before):
+                if case.notes or case.dirty:
                     self._flush(case)
         self._forget()
 
@@ -706,12 +714,18 @@ class Correlator:
 
     def _over(self, case: Case, heard: float | None) -> bool:
         quiet = case.quiet_since
-        if quiet is None or case.active() or self._now - quiet < self.settings.quiet_s:
+        if quiet is None or case.holding() or self._now - quiet < self.settings.quiet_s:
             return False
         # `off` came with data; the quiet itself has to be seen as well, except of a run, which may simply have ended.
         if heard is not None and heard < quiet + self.settings.quiet_s and case.group != "agent":
             return False
-        self._resolve(case, f"quiet for {self.settings.quiet_s:.0f} s, with data")
+        told = {
+            str(m.anomaly.evidence.get("why") or m.anomaly.evidence.get("over") or "")
+            for m in case.members.values()
+        } - {""}
+        why = f" ({'; '.join(sorted(told))})" if len(told) == 1 and case.group in ("agent", "gpu") else ""
+        case.ignored = {a.id: None for a in case.active()}
+        self._resolve(case, f"quiet for {self.settings.quiet_s:.0f} s, with data{why}")
         return True
 
     def _gone(self, case: Case, heard: float | None) -> bool:
@@ -869,8 +883,8 @@ class Correlator:
 
     def _resolve(self, case: Case, reason: str, *, loud: bool = True) -> None:
         key = case.incident.id
-        self._refresh_figures(case)
         self._change(case, resolved_at=self._now)
+        self._refresh_figures(case)
         del self._open[key]
         self._closed[key] = case
         self._step(case, Step.RESOLVE, reason, loud=loud)
@@ -878,7 +892,9 @@ class Correlator:
     def _refresh_figures(self, case: Case) -> None:
         if case.members:
             impact = enrich.impact_of(case, self._graph)
-            self._change(case, impact=impact, summary=enrich.summary_of(case, impact))
+            self._change(
+                case, impact=impact, summary=enrich.summary_of(case, impact), title=enrich.title_of(case)
+            )
 
     def _reopen(self, case: Case, reason: str) -> None:
         key = case.incident.id
@@ -895,6 +911,7 @@ class Correlator:
         revision = case.incident.revision if not old else case.incident.revision + 1
         self._change(case, updated_at=self._now, revision=revision)
         case.told_at = self._now
+        case.dirty = False
         self._out.append(
             IncidentChange(
                 incident=case.incident,

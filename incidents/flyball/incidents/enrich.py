@@ -22,6 +22,7 @@ _SHOWN_NAMES: Final = 20
 _SHOWN_CHANGES: Final = 10
 _SHOWN_ACTIONS: Final = 50
 _FAMILY: Final = np.array(FAMILY_OF_INDEX)
+_ENOUGH_CALLS: Final = 10
 _BARE: Final = frozenset({"provider", "model", "app", "prompt_version"})
 """Kinds whose names speak for themselves in a title."""
 
@@ -30,12 +31,21 @@ _BARE: Final = frozenset({"provider", "model", "app", "prompt_version"})
 
 
 def add_slice(
-    case: Case, cells: Cells, piece: Slice, scopes: Sequence[Mapping[str, str]], max_names: int
+    case: Case,
+    cells: Cells,
+    piece: Slice,
+    scopes: Sequence[Mapping[str, str]],
+    max_names: int,
+    *,
+    quiet: bool = False,
 ) -> bool:
-    """Adds one window to what the incident has done so far; True when the window held calls of its scope."""
+    """Adds one window to what the incident has done so far; True when the window held calls of its scope.
+
+    Args:
+        quiet: all its anomalies are off: the window shows how it is now, but is no part of the damage.
+    """
     t = case.tally
     window_s = max(piece.end - piece.start, 1e-9)
-    t.minutes += window_s / 60.0
     wanted = np.isin(_FAMILY, case.families)[piece.fail_classes]
     failed_of = (
         np.bincount(piece.fail_cells[wanted], piece.fail_counts[wanted], cells.n) if cells.n else np.zeros(0)
@@ -50,10 +60,16 @@ def add_slice(
     cost = float(piece.data[inside, COLUMN["cost_usd"]].sum(dtype=np.float64))
     tokens = piece.data[inside][:, [COLUMN["input_tokens"], COLUMN["output_tokens"]]].sum(dtype=np.float64)
     t.usd_per_min_now, t.tokens_per_min_now = cost * 60.0 / window_s, float(tokens) * 60.0 / window_s
+    had_calls = bool(calls[inside].any())
+    if quiet:
+        return had_calls
+    t.minutes += window_s / 60.0
     t.calls += n
     t.failed += t.failed_now
     t.usd += cost
-    if not inside.any() or not calls[inside].any():
+    if n >= _ENOUGH_CALLS:
+        t.worst_ratio = max(t.worst_ratio, t.failed_now / n)
+    if not had_calls:
         return False
     affected = np.where(inside, failed if case.group == "errors" else calls, 0.0)
     for label, into in (("app", t.apps), ("tenant", t.tenants)):
@@ -167,7 +183,9 @@ def title_of(case: Case) -> str:
     since = clock(case.incident.since)
     if root == Entity("stream", EGRESS):
         return f"all providers fail together ({lead.klass or 'errors'}) since {since}: suspect our own egress, DNS or release"
-    return f"{_who(case)}: {_what(case, lead)} since {since}"
+    over = case.incident.resolved_at
+    span = f"since {since}" if over is None else f"from {since} to {clock(case.quiet_since or over)}"
+    return f"{_who(case)}: {_what(case, lead)} {span}"
 
 
 def _who(case: Case) -> str:
@@ -188,8 +206,12 @@ def _what(case: Case, lead: Anomaly) -> str:
     )
     if group == "errors":
         t = case.tally
-        ratio = t.failed / t.calls if t.calls else min(max(lead.observed, 0.0), 1.0)
-        return f"{percent(ratio)} of calls fail ({name(lead.klass) or 'errors'})"
+        mean = t.failed / t.calls if t.calls else min(max(lead.observed, 0.0), 1.0)
+        klass = name(lead.klass) or "errors"
+        if case.quiet_since is not None:
+            return f"up to {percent(max(t.worst_ratio, mean))} of calls failed ({klass})"
+        ratio = t.failed_now / t.calls_now if t.calls_now >= _ENOUGH_CALLS else mean
+        return f"{percent(ratio)} of calls fail ({klass})"
     if group == "slow":
         of = "time to first token" if lead.signal == "llm.ttft" else "calls"
         verb = "is" if lead.signal == "llm.ttft" else "take"
@@ -206,7 +228,7 @@ def _what(case: Case, lead: Anomaly) -> str:
     if group == "retries":
         return f"{factor(times)} as many calls, retries among them"
     if group == "cost":
-        return f"cost per call {factor(times)}"
+        return f"spends {factor(times)} as much{_instead(lead, usd(lead.observed) + '/min', usd(lead.expected) + '/min')}"
     if group == "cache":
         return "cached share of the prompt falls" + _instead(
             lead, percent(lead.observed), percent(lead.expected)

@@ -46,6 +46,7 @@ TABLE: Final[dict[tuple[State, Step], State]] = {
 
 COMMANDS: Final[dict[str, Step | None]] = {
     "ack": Step.ACK,
+    "acknowledge": Step.ACK,
     "resolve": Step.RESOLVE,
     "reopen": Step.REOPEN,
     "silence": None,

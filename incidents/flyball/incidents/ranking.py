@@ -21,7 +21,7 @@ from flyball.core.entities import Entity, entities_of
 from flyball.core.events import Change
 from flyball.core.incident import RootCandidate
 from flyball.incidents.cells import LABEL_POSITION, Cells, Measure
-from flyball.incidents.signals import EGRESS, group_of, may_be_ours, priors_of, spec_of
+from flyball.incidents.signals import EGRESS, error_family, group_of, may_be_ours, priors_of, spec_of
 from flyball.incidents.text import count, factor, name, percent
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ _MIN_CALLS: Final = 5
 _CHANGED_FACTOR: Final = 3.0
 """What a change about an entity, shortly before, adds to the belief in it."""
 _SOLE_TENANT_FACTOR: Final = 0.15
+_CALLED_MORE: Final = {"rate_limited": 20.0, "health": 5.0}
+"""What having multiplied its calls adds to the belief in an app, by family of errors."""
 _EGRESS_RATIO: Final = 0.1
 
 
@@ -186,7 +188,8 @@ class Ranker:
         calls = float(measure.count.sum())
         spec = spec_of(leader.signal, leader.klass)
         # Tokens and seconds come in heaps: they are scaled to "so many calls' worth", or their sheer size would be evidence.
-        unit = 1.0 if spec is not None and spec.kind != "mean" else calls / total_expected
+        counts = spec is not None and (spec.kind == "errors" or spec.column == "calls")
+        unit = 1.0 if counts else calls / total_expected
         found: list[_Candidate] = []
         of_leader = {k: v for k, v in leader.labels.items() if k in LABEL_POSITION and v}
         for kind, by in KINDS:
@@ -233,8 +236,7 @@ class Ranker:
                 c.extra_for += (f"{change.kind} about it {before:.0f} min before",)
             if leader.signal == "llm.errors":
                 self._judge_tenants(c, measure)
-            if leader.klass == "rate_limited":
-                self._judge_volume(c, since)
+                self._judge_volume(c, since, _CALLED_MORE.get(error_family(leader.klass), 1.0))
 
     def _judge_tenants(self, c: _Candidate, measure: Measure) -> None:
         """At least two tenants before a provider is blamed, where it serves more than one or the one fails elsewhere too."""
@@ -255,8 +257,8 @@ class Ranker:
             who = self._cells.values[LABEL_POSITION["tenant"]][top]
             c.extra_against += (f"tenant {name(who)} alone has {percent(share)} of the failed calls",)
 
-    def _judge_volume(self, c: _Candidate, since: float) -> None:
-        """Rate limits follow from calling more: who multiplied its calls is nearer to the cause than who limits."""
+    def _judge_volume(self, c: _Candidate, since: float, times: float) -> None:
+        """Refusals follow from calling more: who multiplied its calls is nearer to the cause than who limits."""
         spec = spec_of("llm.retries", "")
         volume = None if spec is None else self._cells.measure(spec, since)
         if volume is None or c.entity.kind not in ("app", "agent", "tenant", "team", "prompt_version"):
@@ -265,7 +267,7 @@ class Ranker:
         now, expected = float(volume.now[inside].sum()), float(volume.expected[inside].sum())
         total = float(volume.excess.sum())
         if expected > 0 and now >= 2.0 * expected and total > 0 and (now - expected) >= 0.6 * total:
-            c.log_weight += float(np.log(20.0))
+            c.log_weight += float(np.log(times))
             c.extra_for += (f"its calls rose {factor(now / expected)}",)
 
     # ---- everything at once

@@ -39,6 +39,8 @@ class SeveritySettings(BaseModel):
     """A confirmed loop at this velocity or above is HIGH; 0 means that every confirmed loop pages."""
     spend_usd_per_min_high: float = Field(1.0, ge=0)
     """For runs that spend much, fan out or grow without looping."""
+    gpu_impact_high: float = Field(0.5, ge=0, le=1)
+    """`Anomaly.impact` of a GPU fault from which on hardware is lost, not only an application."""
     serving_impact_high: float = Field(0.9, gt=0)
     """`Anomaly.impact` of a saturated inference server from which on it is HIGH by itself."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from flyball.core.anomaly import Anomaly
 from flyball.core.incident import Severity
 from flyball.incidents.case import Case
@@ -12,11 +10,6 @@ from flyball.incidents.signals import EGRESS, group_of
 from flyball.incidents.text import count, factor, percent, usd
 
 Verdict = tuple[Severity, str]
-
-_HARMLESS_GPU: Final = frozenset(
-    {"ignore", "info", "none", "restart_app", "application", "app", "workload", "ignored"}
-)
-"""Buckets of GPU errors that are the workload's own doing or need nobody."""
 
 
 def judge(case: Case, settings: SeveritySettings, run_usd_per_min: float) -> Verdict:
@@ -59,7 +52,7 @@ def _of_anomaly(a: Anomaly, case: Case, s: SeveritySettings, run_usd_per_min: fl
     if group == "agent":
         return _agent(a, s, run_usd_per_min)
     if group == "gpu":
-        return _gpu(a)
+        return _gpu(a, s)
     if group == "serving":
         if a.impact >= s.serving_impact_high:
             return (
@@ -155,9 +148,12 @@ def _agent(a: Anomaly, s: SeveritySettings, velocity: float) -> Verdict:
     return Severity.MEDIUM, f"an agent run departs from others ({a.signal.removeprefix('agent.')})"
 
 
-def _gpu(a: Anomaly) -> Verdict:
+def _gpu(a: Anomaly, s: SeveritySettings) -> Verdict:
     if a.signal != "gpu.fault":
         return Severity.MEDIUM, "the GPU is slower than it should be"
-    if a.klass.lower() in _HARMLESS_GPU:
-        return Severity.MEDIUM, "a GPU error that the workload causes by itself"
+    if a.impact < s.gpu_impact_high:
+        return (
+            Severity.MEDIUM,
+            f"a GPU error that needs the application restarted at most ({a.klass or 'fault'})",
+        )
     return Severity.HIGH, "a GPU failed: what runs on it is lost or wrong"

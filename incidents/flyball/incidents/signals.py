@@ -54,6 +54,9 @@ GROUP_OF: Final[dict[str, str]] = {
     "llm.cache": "cache",
 }
 
+AFTERMATH: Final = frozenset({"retries", "cost", "cache"})
+"""Groups that calm down after their cause is gone, and whose detectors judge slowly: they alone keep no incident open."""
+
 EXPLAINS: Final[dict[str, frozenset[str]]] = {
     "errors": frozenset({"errors", "slow", "retries", "cost", "cache", "tokens"}),
     "slow": frozenset({"slow", "errors", "retries", "serving", "tokens", "cost"}),
@@ -70,7 +73,7 @@ EXPLAINS: Final[dict[str, frozenset[str]]] = {
 
 _RANK: Final[dict[str, int]] = {
     "gpu.fault": 0, "agent.loop": 1, "llm.errors": 3, "llm.input_tokens": 4, "llm.tokens": 4, "serving.queue": 5,
-    "serving.kv_cache": 5, "serving.preemptions": 5, "serving.ttft": 5, "llm.retries": 5, "llm.calls": 5, "llm.volume": 5,
+    "serving.kv_cache": 5, "serving.preemptions": 5, "serving.ttft": 5, "llm.retries": 6, "llm.calls": 6, "llm.volume": 6,
     "llm.output_tokens": 5, "llm.latency": 7, "llm.ttft": 7, "agent.spend": 8, "agent.context": 8, "agent.fan_out": 8,
     "gpu.throttle": 8, "llm.cost": 9, "llm.cache": 10, "stream.silent": 11, "stream.poison": 11,
 }  # fmt: skip
@@ -130,7 +133,7 @@ explanations that the counts cannot tell apart."""
 class Spec:
     """How a signal is read off cells: a mass, what it is divided by, and what is expected from where.
 
-    kind: `errors` (families of failed calls over attempts), `mean` (a sum over its count) or `volume` (calls over windows).
+    kind: `errors` (families of failed calls over attempts), `mean` (a sum over its count) or `volume` (a sum over windows).
     hierarchy: label sets whose own past says what is expected; the first with enough data wins.
     """
 
@@ -149,7 +152,6 @@ _COLUMNS: Final[dict[str, tuple[str, str, tuple[tuple[str, ...], ...]]]] = {
     "llm.input_tokens": ("input_tokens", "n_input", _BY_APP),
     "llm.tokens": ("input_tokens", "n_input", _BY_APP),
     "llm.output_tokens": ("output_tokens", "n_output", _BY_APP),
-    "llm.cost": ("cost_usd", "n_cost", _BY_APP),
 }
 
 
@@ -177,7 +179,9 @@ def spec_of(signal: str, klass: str) -> Spec | None:
             (("provider", "model", "app"), ("provider", "model"), ()),
         )
     if group == "retries":
-        return Spec("volume", "calls", "windows", (), (("provider", "model", "app", "prompt", "tenant"),))
+        return Spec("volume", "calls", "windows")
+    if signal == "llm.cost":
+        return Spec("volume", "cost_usd", "windows")
     if signal in _COLUMNS:
         column, per, hierarchy = _COLUMNS[signal]
         return Spec("mean", column, per, (), hierarchy)
