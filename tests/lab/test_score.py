@@ -40,7 +40,7 @@ def test_a_fault_without_a_root_takes_any_root_and_one_page() -> None:
     result = short("all_providers_down")
     assert result.detected
     assert result.root_right
-    assert result.pages > result.pages_due == 1
+    assert result.pages > result.pages_least == 1
 
 
 def test_quiet_days_are_judged_by_pages_and_directives() -> None:

@@ -149,14 +149,15 @@ def test_prompts_of_good_coding_runs_grow_about_thirteenfold() -> None:
 
 
 def test_two_in_three_good_coding_runs_repeat_an_action_with_other_results() -> None:
-    often = 0
+    often, different = 0, 0.0
     for seed in range(200):
         turns = list(coder_turns(np.random.default_rng(seed)))
         tests = [t for t in turns if t.tool == "bash.test"]
         often += len(tests) >= 3
         assert len({t.args for t in tests}) == 1
-        assert len({t.result for t in tests}) == len(tests)
+        different += len({t.result for t in tests}) / len(tests)
     assert 0.55 < often / 200 < 0.78
+    assert 0.85 < different / 200 < 1.0
 
 
 def test_polling_repeats_call_and_result_but_its_gaps_grow() -> None:

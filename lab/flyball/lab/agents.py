@@ -86,23 +86,27 @@ def coder_turns(rng: np.random.Generator) -> Iterator[Turn]:
     explore = max(3, int(n * 0.35))
     test_turns = set(np.linspace(explore + 1, n - 2, reruns).astype(int).tolist())
     tests = int(rng.integers(1, 1 << 60))
+    red = int(
+        rng.choice(7, p=(0.42, 0.32, 0.16, 0.05, 0.03, 0.01, 0.01))
+    )  # runs of the tests that fail, first ones
+    result, ran = int(rng.integers(1 << 62)), 0
     for i in range(n):
         output = max(8, int(_skewed(rng, 88, 1.2)))
         grow = int(np.clip(_skewed(rng, 314, 1.05), 40, 15_000))
         think = _skewed(rng, 0.4, 0.5)
         size = max(20, grow * 3)
         if i in test_turns:
-            failing = i < max(test_turns)
-            yield Turn(output, grow, think, tool="bash.test", args=tests, result=int(rng.integers(1 << 62)),
-                       result_bytes=size, latency_s=_skewed(rng, 6, 0.7), error="exit_1" if failing else "")  # fmt: skip
-            if failing and rng.random() < 0.05:  # a flaky test, run twice in a row
-                yield Turn(12, 180, 0.3, tool="bash.test", args=tests, result=int(rng.integers(1 << 62)),
-                           result_bytes=500, latency_s=5.0, error="exit_1")  # fmt: skip
+            if rng.random() > 0.1:  # now and then an edit changed nothing that the tests see
+                result = int(rng.integers(1 << 62))
+            error = "exit_1" if ran < min(red, reruns - 1) else ""
+            yield Turn(output, grow, think, tool="bash.test", args=tests, result=result, result_bytes=size,
+                       latency_s=_skewed(rng, 6, 0.7), error=error)  # fmt: skip
+            ran += 1
             continue
         tool = ("bash.grep", "bash.cat", "bash.ls")[int(rng.integers(3))] if i < explore else "edit"
         if rng.random() < 0.2:
             tool = "bash.cat"
-        error = "exit_1" if rng.random() < 0.09 else ""
+        error = "exit_1" if rng.random() < 0.11 else ""
         yield Turn(output, grow, think, tool=tool, args=int(rng.integers(1 << 62)), result=int(rng.integers(1 << 62)),
                    result_bytes=size, latency_s=_skewed(rng, 0.6, 0.9), error=error)  # fmt: skip
 

@@ -47,7 +47,8 @@ class Truth:
     classes: tuple[str, ...]
     enough: int = 10
     min_tenants: int = 1
-    pages: int = 1
+    pages_least: int = 1
+    """1 where somebody must be woken, 0 where that is a matter of taste; two pages are always one too many."""
 
 
 @runtime_checkable
@@ -286,7 +287,7 @@ class PromptInflation:
 
     def truth(self) -> Truth:
         signals = ("llm.input_tokens", "llm.output_tokens", "llm.cost")
-        return Truth(self.kind, self.start, self.end, self.target, (self.target,), signals, (), 30, 2)
+        return Truth(self.kind, self.start, self.end, self.target, (self.target,), signals, (), 60, 2)
 
     def on_calls(self, estate: Estate, calls: Records, names: Names) -> Mask:
         """Changes first attempts: tokens and prompt version. Further attempts carry theirs along."""
@@ -386,7 +387,7 @@ class GpuThrottle:
             ("gpu.throttle",),
             (),
             3,
-            pages=0,
+            pages_least=0,
         )
 
     def on_answers(self, estate: Estate, a: Answers) -> Mask | None:
@@ -418,7 +419,9 @@ class ServingSaturated:
             "llm.ttft",
             "llm.latency",
         )
-        return Truth(self.kind, self.start, self.end, self.target, (self.target,), signals, (), 3, pages=0)
+        return Truth(
+            self.kind, self.start, self.end, self.target, (self.target,), signals, (), 3, pages_least=0
+        )
 
     def on_answers(self, estate: Estate, a: Answers) -> Mask | None:
         hit = _on_deployment(estate, self.deployment, a) & _during(self.start, self.end, a.calls["start"])
