@@ -377,7 +377,7 @@ class Renderer:
 
     def _context(self, change: IncidentChange, audience: Audience) -> dict[str, Any]:
         incident, at = change.incident, change.at
-        latest = _latest(incident.actions)
+        latest = _latest(incident.actions[-200:])
         done = [a for a in latest if a.decision == "run"]
         live = any(a.outcome in ("granted", "in_force", "verified") for a in done)
         return {
@@ -391,6 +391,8 @@ class Renderer:
             "headline": headline(incident, at),
             "impact": impact_parts(incident.impact),
             "worst": _worst(incident.impact),
+            "apps": incident.impact.apps[:20],
+            "tenants": incident.impact.tenants[:20],
             "root": _root(incident),
             "candidates": incident.candidates[:5],
             "changed": [_change_text(c, at) for c in _near(incident)],
@@ -495,7 +497,7 @@ def _root(incident: Incident) -> RootCandidate:
 
 def _near(incident: Incident) -> list[RelatedChange]:
     """Changes within an hour of the beginning, the nearest first."""
-    near = [c for c in incident.changes if abs(c.at - incident.since) <= CHANGE_SPAN_S]
+    near = [c for c in incident.changes[:1000] if abs(c.at - incident.since) <= CHANGE_SPAN_S]
     return sorted(near, key=lambda c: (abs(c.at - incident.since), c.at))
 
 
