@@ -163,11 +163,12 @@ class Lane:
 
     __slots__ = (
         "adj", "adj_call", "adj_mark", "ats", "call_mark", "call_matches", "call_size_max", "call_size_min", "calls", "error", "fail",
-        "fail_count", "fail_mark", "fail_tool", "mark", "matches", "n", "pairs", "productive", "run_productive", "stale", "tool",
+        "fail_count", "fail_mark", "fail_tool", "mark", "matches", "n", "pairs", "productive", "run_productive", "settled", "stale", "tool",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.n = 0
+        self.settled = 0
         self.calls = array("I", bytes(4 * RING))
         self.pairs = array("I", bytes(4 * RING))
         self.ats = array("d", bytes(8 * RING))
@@ -205,6 +206,7 @@ class Lane:
         call, pair = (call & _HASH) | flags, (pair & _HASH) | flags
         # Only the ring decides what is new: bounded memory forgets, and a run that comes back after 32 steps did go on.
         novel = pair not in (self.pairs if self.n >= RING else self.pairs[: self.n])
+        waited = self.n > 0 and bool(self.pairs[(self.n - 1) % RING] & POLL)
         self._count_equal(action, call, pair, begin)
         at = self.n % RING
         self.calls[at], self.pairs[at], self.ats[at] = call, pair, action.at
@@ -219,7 +221,8 @@ class Lane:
             self.run_productive = 0
         if novel:
             self.stale = 0
-        elif not flags:
+        elif not flags and self.adj == 1 and not waited:
+            # The same step over and over is `_repeat`'s matter, which knows polling from loops; so is what follows a wait.
             self.stale = min(self.stale + 1, _CAP)
         self.tool, self.error = action.tool, action.error
 
@@ -259,8 +262,10 @@ class Lane:
         weight = 1.0
         if action.polling:
             weight = 0.1  # "not ready yet" is often told as an error
-        elif action.error in TRANSIENT and _growing(self.gaps(3)):
-            weight = 0.3  # retrying what may pass, with back-off
+        elif action.error in TRANSIENT:
+            weight = (
+                0.2 if _growing(self.gaps(3)) else 0.5
+            )  # what may pass is worth a retry, with back-off above all
         self.fail += weight
         self.fail_count = min(self.fail_count + 1, _CAP)
         self.fail_tool = action.tool if self.fail_count == 1 or self.fail_tool == action.tool else "*"
@@ -280,6 +285,7 @@ class Lane:
         """A person said something: what comes now is a new matter."""
         self.adj = self.adj_call = self.stale = self.fail_count = 0
         self.fail = 0.0
+        self.settled = self.n
         self.matches = array("H", bytes(2 * len(_PERIODS)))
         self.call_matches = array("H", bytes(2 * len(_PERIODS)))
 
@@ -346,9 +352,9 @@ class Lane:
         return Finding("failing", self.fail, needed, 1, self.fail_mark, facts)
 
     def _cycle(self, rules: Rules) -> Finding | None:
-        least = min(rules.cycles, rules.blind_cycles) - 1
+        fewest = min(rules.cycles, rules.blind_cycles) - 1
         for i, period in enumerate(_PERIODS):
-            if max(self.matches[i], self.call_matches[i]) < least * period:
+            if max(self.matches[i], self.call_matches[i]) < fewest * period:
                 continue
             turn = self.last(period)
             if len(set(turn)) < 2:
@@ -359,6 +365,9 @@ class Lane:
             times = matches // period + 1
             needed = rules.blind_cycles if blind else rules.cycles
             alike = ""
+            if not polls and times >= needed:
+                alike, least = look_alike(self.gaps(min(RING, period * times)), False, rules)
+                needed = max(needed, least)
             if polls:
                 needed, alike = (
                     max(needed, rules.poll_repeats),
@@ -379,27 +388,36 @@ class Lane:
     def _stale(self, rules: Rules) -> Finding | None:
         if not self.stale:
             return None  # the newest step was new
-        recent = [p for p in self.last(rules.window) if not p & (POLL | BLIND)]
+        lately = self.last(min(rules.window, self.n - self.settled))
+        # Runs of one step count once, and neither waits nor what follows them count at all.
+        recent = [
+            b
+            for a, b in itertools.pairwise([0, *lately])
+            if a != b and not (a & POLL) and not b & (POLL | BLIND)
+        ]
         distinct = len(set(recent))
-        thin = len(recent) == rules.window and distinct < rules.distinct_ratio * rules.window
+        thin = 2 * len(recent) >= rules.window and distinct < rules.distinct_ratio * len(recent)
         if self.stale < rules.stale and not thin:
             return None
+        alike, least = look_alike(self.gaps(len(lately)), False, rules)
         facts: dict[str, float | int | str | list[str]] = {
             "stale_steps": self.stale,
             "distinct_steps": distinct,
             "of_last_steps": len(recent),
         }
+        if alike:
+            facts["looks_like"] = alike
         if self.stale >= rules.stale:
-            return Finding("no_progress", self.stale, rules.stale, 0, self.mark, facts)
-        needed = rules.window - int(rules.distinct_ratio * rules.window)
-        return Finding("no_progress", rules.window - distinct, needed, 0, self.mark, facts)
+            return Finding("no_progress", self.stale, max(rules.stale, least), 0, self.mark, facts)
+        needed = len(recent) - int(rules.distinct_ratio * len(recent))
+        return Finding("no_progress", len(recent) - distinct, max(needed, least), 0, self.mark, facts)
 
     def pack(self) -> list[Any]:
         return [
             self.n, self.calls.tobytes(), self.pairs.tobytes(), self.ats.tobytes(), self.matches.tobytes(),
             self.call_matches.tobytes(), self.adj, self.adj_call, self.call_size_min, self.call_size_max, self.stale,
             self.productive, self.run_productive, self.fail, self.fail_count, self.fail_tool, self.tool, self.error,
-            self.mark.pack(), self.adj_mark.pack(), self.call_mark.pack(), self.fail_mark.pack(),
+            self.mark.pack(), self.adj_mark.pack(), self.call_mark.pack(), self.fail_mark.pack(), self.settled,
         ]  # fmt: skip
 
     @classmethod
@@ -419,6 +437,7 @@ class Lane:
         )
         lane.fail_tool, lane.tool, lane.error = str(s[15]), str(s[16]), str(s[17])
         lane.mark, lane.adj_mark, lane.call_mark, lane.fail_mark = (Mark.load(m) for m in s[18:22])
+        lane.settled = int(s[22])
         return lane
 
 

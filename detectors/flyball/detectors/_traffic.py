@@ -108,14 +108,15 @@ class _Row:
 class Windows:
     """Makes windows one after the other and remembers which slot is whose, as the real ones do."""
 
-    def __init__(self, rollups: Sequence[tuple[str, ...]] = ROLLUPS) -> None:
+    def __init__(self, rollups: Sequence[tuple[str, ...]] = ROLLUPS, window_s: float = WINDOW_S) -> None:
         self.now = START
+        self.window_s = window_s
         self._rollups = rollups
         self._slots: dict[tuple[str, ...], dict[tuple[str, ...], tuple[int, float]]] = {}
         self._labels: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
 
     def next(self, cells: Sequence[Cell]) -> Window:
-        start, self.now = self.now, self.now + WINDOW_S
+        start, self.now = self.now, self.now + self.window_s
         counted = [(cell, _Row.of(cell)) for cell in cells]
         base = self._roll(BASE_LABELS, counted, start, complete=False)
         samples: dict[tuple[int, int], tuple[str, ...]] = {}
@@ -208,7 +209,7 @@ def quiet_cells(i: int, *, suffix: str = "", tokens: float = 1.0, noisy: bool = 
                         {
                             "provider": provider + suffix, "model": model + suffix, "deployment": f"{provider}{suffix}-eu",
                             "region": "eu" + suffix, "app": f"app{a}{suffix}", "prompt": f"main@{a}{suffix}",
-                            "team": f"team{a % 2}{suffix}", "tenant": f"tenant{t}{suffix}", "agent": f"agent{a}{suffix}",
+                            "team": f"team{a % 2}{suffix}", "tenant": f"tenant{t}{suffix}", "agent": f"agent{a}{suffix}" if a == 1 else "",
                         },
                         n, failed, means,
                     )
@@ -217,24 +218,28 @@ def quiet_cells(i: int, *, suffix: str = "", tokens: float = 1.0, noisy: bool = 
 
 
 def troubled_cells(i: int) -> list[Cell]:
-    """The same with an outage of alpha, tripled tokens and cost of app2, and beta six times as slow."""
+    """The same with an outage of alpha that app1 meets with five times its calls, app2 at 3.5 times its tokens and cost, beta
+    six times as slow, and a cache that no longer hits."""
     cells = []
     for cell in quiet_cells(i):
         means = dict(cell.means)
         failed = dict(cell.failed)
+        if cell.labels["app"] == "app1":
+            cell = replace(cell, n=5 * cell.n)
         if cell.labels["provider"] == "alpha":
             failed = {"overloaded": int(0.7 * cell.n)}
         if cell.labels["app"] == "app2":
             means |= {k: 3.5 * means[k] for k in ("input_tokens", "output_tokens", "cost_usd")}
         if cell.labels["provider"] == "beta":
             means |= {"latency_s": 6 * means["latency_s"], "ttft_s": 6 * means["ttft_s"]}
+        means["cache_read_tokens"] = 1.0
         cells.append(replace(cell, failed=failed, means=means))
     return cells
 
 
-def windows(quiet: int = 220, trouble: int = 30, after: int = 40) -> list[Window]:
+def windows(quiet: int = 220, trouble: int = 30, after: int = 40, window_s: float = WINDOW_S) -> list[Window]:
     """Quiet, trouble, quiet."""
-    made = Windows()
+    made = Windows(window_s=window_s)
     out = [made.next(quiet_cells(i)) for i in range(quiet)]
     out += [made.next(troubled_cells(i)) for i in range(quiet, quiet + trouble)]
     out += [made.next(quiet_cells(i)) for i in range(quiet + trouble, quiet + trouble + after)]

@@ -31,7 +31,7 @@ KNOWN_LABELS: Final = frozenset(
     {*BASE_LABELS, "run", "tool", "gpu", "node", "pod", "namespace", "hardware", "key", "sender"}
 )
 KNOWN_SIGNALS: Final = frozenset({
-    "llm.errors", "llm.input_tokens", "llm.output_tokens", "llm.latency", "llm.ttft", "llm.cost", "llm.cache", "llm.calls",
+    "llm.errors", "llm.input_tokens", "llm.output_tokens", "llm.latency", "llm.ttft", "llm.cost", "llm.cache", "llm.calls", "llm.retries",
     "agent.loop", "agent.spend", "agent.context", "agent.fan_out", "gpu.fault", "gpu.throttle", "serving.queue",
     "serving.kv_cache", "serving.preemptions", "serving.ttft", "stream.silent", "stream.poison",
 })  # fmt: skip
@@ -156,7 +156,7 @@ def _recycled_windows() -> Items:
 
 _QUIET_WINDOWS: Final = 260
 _WINDOWS: Final[Mapping[str, Callable[[], Items]]] = {
-    "trouble": traffic.windows, "quiet": lambda: traffic.windows(_QUIET_WINDOWS, 0, 0), "constant": _constant_windows,
+    "trouble": traffic.windows, "long trouble": lambda: traffic.windows(window_s=600.0), "quiet": lambda: traffic.windows(_QUIET_WINDOWS, 0, 0), "constant": _constant_windows,
     "new": _new_windows, "patchy": _patchy_windows, "recycled": _recycled_windows,
 }  # fmt: skip
 _EVENTS: Final[Mapping[str, Callable[[], Items]]] = {
@@ -226,6 +226,8 @@ def _silent_on_empty_input(make: Make, inputs: _Inputs) -> None:
 def _speaks_in_trouble(make: Make, inputs: _Inputs) -> None:
     """The trouble it is for is told, and told to be over."""
     said = _drive(make(), inputs.trouble, _size(inputs))
+    if inputs.windows and not said:
+        said = _drive(make(), _cached("long trouble", True), 1)  # some think in quarters of an hour
     _need(any(a.phase == "on" for a in said), "no anomaly in trouble")
     ended = {a.id for a in said if a.phase == "off"}
     _need(bool(ended), "nothing was told to be over, though it was")
@@ -253,7 +255,7 @@ def _snapshot_and_restore_change_nothing(make: Make, inputs: _Inputs) -> None:
     size = _size(inputs)
     items = inputs.trouble
     whole = make()
-    cuts = sorted({size * (len(items) * k // 9 // size) for k in range(1, 9)} | {size})
+    cuts = sorted({size * (len(items) * k // 5 // size) for k in range(1, 5)} | {size})
     copies: list[tuple[Any, list[Anomaly]]] = []
     said: list[Anomaly] = []
     ends: list[int] = []
