@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from flyball.core.directives import Directive, DirectiveChange
+from flyball.core.directives import Directive, DirectiveChange, Enforced
 from flyball.core.entities import Entity
 from flyball.core.errorclass import NOT_ATTEMPTS
 from flyball.core.estate import Emissions
@@ -26,6 +26,7 @@ class SimpleGovernor:
     def __init__(self, acts: bool = False) -> None:
         self.acts = acts
         self.ticks: list[float] = []
+        self.reports: list[Enforced] = []
         self.batches: list[Batch] = []
         self._calls: list[LlmCall] = []
         self._repeats: dict[str, tuple[str, int]] = {}
@@ -47,6 +48,10 @@ class SimpleGovernor:
             elif isinstance(event, GpuSample) and event.values.get("xid") == 79:
                 self._opened(said, Entity("gpu", event.gpu), event.at, "gpu.fault", "79")
         return said
+
+    def enforced(self, report: Enforced) -> Emissions:
+        self.reports.append(report)
+        return Emissions()
 
     def tick(self, now: float) -> Emissions:
         said = Emissions()

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from flyball.core.anomaly import Anomaly
 from flyball.core.columns import Window
-from flyball.core.directives import Decision, Directive, DirectiveChange, Outcome
+from flyball.core.directives import Decision, Directive, DirectiveChange, Enforced, Outcome
 from flyball.core.events import Batch
 from flyball.core.incident import IncidentChange
 
@@ -74,4 +74,8 @@ class Governor(Protocol):
     def tick(self, now: float) -> Emissions: ...
     def directives(self) -> Sequence[Directive]:
         """Leases in force now, by id."""
+        ...
+
+    def enforced(self, report: Enforced) -> Emissions:
+        """An enforcement point says what it holds: "granted" and "in force" are two things."""
         ...

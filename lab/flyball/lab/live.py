@@ -19,6 +19,7 @@ from flyball.core.errors import ConfigError
 from flyball.lab.estate import default_estate
 from flyball.lab.export import to_ndjson
 from flyball.lab.faults import AnyFault
+from flyball.lab.scenario import REPORT_S
 from flyball.lab.sim import Simulator
 
 SENDER_HEADER: Final = "X-Flyball-Sender"
@@ -67,6 +68,7 @@ class LiveLab:
     _etag: str = ""
     _sent: int = 0
     _refused: int = 0
+    _reported: float = 0.0
 
     async def run(
         self, duration_s: float, on_tick: Callable[[Tick], None] | None = None, *, history_s: float = 0.0
@@ -95,7 +97,11 @@ class LiveLab:
             problem = await self._post(client, sim, start) if history_s else ""
             while True:
                 now = min(self.clock(), start + duration_s)
-                problem = await self._post(client, sim, now) or await self._read_directives(client, sim, now)
+                problem = (
+                    await self._post(client, sim, now)
+                    or await self._read_directives(client, sim, now)
+                    or await self._report(client, sim)
+                )
                 tick = self._tick(sim, now - start, problem)
                 if on_tick is not None:
                     on_tick(tick)
@@ -103,9 +109,23 @@ class LiveLab:
                     return tick
                 await self.pause(TICK_S)
 
-    def _tick(self, sim: Simulator, elapsed_s: float, problem: str) -> Tick:
-        for name, hits in sim.gateway.enforced(sim.now).directives.items():
+    async def _report(self, client: httpx.AsyncClient, sim: Simulator) -> str:
+        """Tells what the gateway applied since the last report, as an enforcement point does."""
+        if not self.directives or sim.now - self._reported < REPORT_S:
+            return ""
+        self._reported = sim.now
+        report = sim.gateway.enforced(sim.now)
+        for name, hits in report.directives.items():
             self.applied[name] = self.applied.get(name, 0) + hits
+        try:
+            answer = await client.post(
+                "/v1/enforced", json={"point": report.point, "directives": report.directives}
+            )
+        except httpx.TransportError as e:
+            return f"report not delivered: {type(e).__name__}"
+        return "" if answer.is_success else f"POST /v1/enforced answered {answer.status_code}"
+
+    def _tick(self, sim: Simulator, elapsed_s: float, problem: str) -> Tick:
         return Tick(
             elapsed_s,
             self._sent,

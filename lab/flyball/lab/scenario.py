@@ -45,6 +45,8 @@ GovernorFactory = Callable[[], Governor]
 _UNITS_S: Final[dict[str, float]] = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 FOREVER: Final = float("inf")
+REPORT_S: Final = 2.0
+"""How often the gateway tells what it enforced."""
 
 
 def seconds(duration: str | float) -> float:
@@ -128,6 +130,7 @@ class Lab:
         self.seen = Seen()
         self.calls_redirected = 0
         self._directives: tuple[Directive, ...] = ()
+        self._reported = start_at
 
     # -- what goes wrong ----------------------------------------------------------------------------------------
 
@@ -156,6 +159,9 @@ class Lab:
             self.seen.add(now, self.governor.tick(now))
             self._directives = tuple(self.governor.directives())
             self.sim.set_directives(self._directives)
+            if self._directives and now - self._reported >= REPORT_S:
+                self._reported = now
+                self.seen.add(now, self.governor.enforced(self.sim.gateway.enforced(now)))
         return self
 
     # -- what came of it ----------------------------------------------------------------------------------------
