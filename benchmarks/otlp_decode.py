@@ -17,47 +17,124 @@ BAR_SPANS_PER_S = 200_000
 BAR_RATIO = 1.5
 
 
+def otel_genai(i: int) -> dict[str, Any]:
+    """13 attributes, as OpenTelemetry's OpenAI instrumentation sends them."""
+    return {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "openai",
+        "gen_ai.request.model": "gpt-4.1-mini",
+        "server.address": "api.openai.com",
+        "server.port": 443,
+        "gen_ai.request.max_tokens": 500,
+        "gen_ai.response.model": "gpt-4.1-mini-2025-04-14",
+        "gen_ai.response.finish_reasons": ["stop"],
+        "gen_ai.response.id": f"chatcmpl-{i:024x}",
+        "gen_ai.conversation.id": f"conv-{i % 500}",
+        "gen_ai.usage.input_tokens": 1000 + i % 1000,
+        "gen_ai.usage.output_tokens": 50 + i % 200,
+        "gen_ai.usage.cache_read.input_tokens": 512,
+    }
+
+
+def anthropic_sdk(i: int) -> dict[str, Any]:
+    """20 attributes, as Anthropic's SDK traces itself."""
+    return {
+        "server.address": "api.anthropic.com",
+        "server.port": 443,
+        "gen_ai.provider.name": "anthropic",
+        "gen_ai.operation.name": "chat",
+        "gen_ai.request.model": "claude-sonnet-4-5",
+        "gen_ai.request.max_tokens": 64_000,
+        "http.request.method": "POST",
+        "http.route": "/v1/messages",
+        "url.scheme": "https",
+        "url.path": "/v1/messages",
+        "url.full": "https://api.anthropic.com/v1/messages",
+        "gen_ai.usage.input_tokens": 5000 + i % 1000,
+        "http.response.status_code": 200,
+        "anthropic.request.id": f"req_{i:020x}",
+        "gen_ai.response.id": f"msg_{i:024x}",
+        "gen_ai.response.model": "claude-sonnet-4-5-20250929",
+        "gen_ai.usage.cache_write.input_tokens": 1000,
+        "gen_ai.usage.cache_read.input_tokens": 3000,
+        "gen_ai.usage.output_tokens": 62 + i % 100,
+        "anthropic.message.stop_reason": "end_turn",
+    }
+
+
+def ai_sdk(i: int) -> dict[str, Any]:
+    """32 attributes, as Vercel's AI SDK 6 sends them, content included."""
+    tokens, answer = 200 + i % 500, 20 + i % 100
+    return {
+        "operation.name": "ai.generateText.doGenerate answer",
+        "resource.name": "answer",
+        "ai.operationId": "ai.generateText.doGenerate",
+        "ai.telemetry.functionId": "answer",
+        "ai.model.provider": "openai.chat",
+        "ai.model.id": "gpt-4.1-mini",
+        "ai.settings.maxRetries": 2,
+        "ai.telemetry.metadata.sessionId": f"conv-{i % 500}",
+        "ai.telemetry.metadata.userId": f"user-{i % 300}",
+        "ai.request.headers.user-agent": "ai/6.0.326",
+        "ai.prompt.messages": '[{"role":"user","content":[{"type":"text","text":"' + "where is it? " * 20 + '"}]}]',
+        "gen_ai.system": "openai.chat",
+        "gen_ai.request.model": "gpt-4.1-mini",
+        "ai.response.finishReason": "stop",
+        "ai.response.text": "On its way. " * 10,
+        "ai.response.id": f"chatcmpl-{i:024x}",
+        "ai.response.model": "gpt-4.1-mini-2025-04-14",
+        "ai.response.timestamp": f"2026-11-21T04:41:31.{i % 1000:03}Z",
+        "ai.response.providerMetadata": '{"openai":{"acceptedPredictionTokens":0,"rejectedPredictionTokens":0}}',
+        "ai.usage.inputTokens": tokens,
+        "ai.usage.inputTokenDetails.noCacheTokens": tokens,
+        "ai.usage.inputTokenDetails.cacheReadTokens": 0,
+        "ai.usage.outputTokens": answer,
+        "ai.usage.outputTokenDetails.textTokens": answer,
+        "ai.usage.totalTokens": tokens + answer,
+        "ai.usage.reasoningTokens": 0,
+        "ai.usage.cachedInputTokens": 0,
+        "gen_ai.response.finish_reasons": ["stop"],
+        "gen_ai.response.id": f"chatcmpl-{i:024x}",
+        "gen_ai.response.model": "gpt-4.1-mini-2025-04-14",
+        "gen_ai.usage.input_tokens": tokens,
+        "gen_ai.usage.output_tokens": answer,
+    }
+
+
+SCOPES = {
+    "opentelemetry.instrumentation.openai_v2": otel_genai,
+    "com.anthropic.sdk.python": anthropic_sdk,
+    "ai": ai_sdk,
+}
+
+
 def body(spans: int = SPANS) -> bytes:
-    """One export of model-call spans with 13 attributes each, as an instrumented OpenAI client sends them."""
+    """One export with equal parts of three instrumentations' model-call spans."""
     request = ExportTraceServiceRequest()
     resource_spans = request.resource_spans.add()
     service = resource_spans.resource.attributes.add()
     service.key, service.value.string_value = "service.name", "shop-assistant"
-    scope_spans = resource_spans.scope_spans.add()
-    scope_spans.scope.name = "opentelemetry.instrumentation.openai_v2"
-    for i in range(spans):
-        span = scope_spans.spans.add()
-        span.name = "chat gpt-4.1-mini"
-        span.kind = 3
-        span.trace_id = i.to_bytes(16, "big")
-        span.span_id = (i + 1).to_bytes(8, "big")
-        span.start_time_unix_nano = 1_795_000_000_000_000_000 + i * 1_000_000
-        span.end_time_unix_nano = span.start_time_unix_nano + 800_000_000
-        texts = {
-            "gen_ai.operation.name": "chat",
-            "gen_ai.provider.name": "openai",
-            "gen_ai.request.model": "gpt-4.1-mini",
-            "gen_ai.response.model": "gpt-4.1-mini-2025-04-14",
-            "gen_ai.response.id": f"chatcmpl-{i:024x}",
-            "gen_ai.conversation.id": f"conv-{i % 500}",
-            "server.address": "api.openai.com",
-        }
-        numbers = {
-            "server.port": 443,
-            "gen_ai.request.max_tokens": 500,
-            "gen_ai.usage.input_tokens": 1000 + i % 1000,
-            "gen_ai.usage.output_tokens": 50 + i % 200,
-            "gen_ai.usage.cache_read.input_tokens": 512,
-        }
-        for key, text in texts.items():
-            attribute = span.attributes.add()
-            attribute.key, attribute.value.string_value = key, text
-        for key, number in numbers.items():
-            attribute = span.attributes.add()
-            attribute.key, attribute.value.int_value = key, number
-        attribute = span.attributes.add()
-        attribute.key = "gen_ai.response.finish_reasons"
-        attribute.value.array_value.values.add().string_value = "stop"
+    for number, (scope, attributes) in enumerate(SCOPES.items()):
+        scope_spans = resource_spans.scope_spans.add()
+        scope_spans.scope.name = scope
+        for i in range(number, spans, len(SCOPES)):
+            span = scope_spans.spans.add()
+            span.name = "a model call"
+            span.kind = 3
+            span.trace_id = i.to_bytes(16, "big")
+            span.span_id = (i + 1).to_bytes(8, "big")
+            span.start_time_unix_nano = 1_795_000_000_000_000_000 + i * 1_000_000
+            span.end_time_unix_nano = span.start_time_unix_nano + 800_000_000
+            for key, value in attributes(i).items():
+                attribute = span.attributes.add()
+                attribute.key = key
+                if isinstance(value, str):
+                    attribute.value.string_value = value
+                elif isinstance(value, int):
+                    attribute.value.int_value = value
+                else:
+                    for one in value:
+                        attribute.value.array_value.values.add().string_value = one
     return request.SerializeToString()
 
 

@@ -37,7 +37,9 @@ _FINISH: Final[dict[str, str]] = {
 _TELLING: Final = ("content_filter", "length", "error", "tool_calls")
 """Of several choices' reasons, the one that an operator wants to see."""
 
-_provider_cache: dict[str, str] = {}
+provider_names: dict[str, str] = {}
+"""Spellings seen → names, for those who look up before they call."""
+_model_cache: dict[str, str] = {}
 _finish_cache: dict[str, str] = {}
 
 
@@ -47,25 +49,27 @@ def provider_name(raw: str) -> str:
     >>> provider_name("anthropic.messages"), provider_name("aws.bedrock"), provider_name("langchain")
     ('anthropic', 'bedrock', '')
     """
-    found = _provider_cache.get(raw)
+    found = provider_names.get(raw)
     if found is None:
         name = raw.strip().lower()
         while name not in PROVIDERS and "." in name:
             name = name.rpartition(".")[0]
         found = label(PROVIDERS.get(name, name))
-        if len(_provider_cache) < 10_000:
-            _provider_cache[raw] = found
+        if len(provider_names) < 10_000:
+            provider_names[raw] = found
     return found
 
 
 def model_name(raw: str) -> str:
     """The model without the provider that LiteLLM writes before it: `openai/gpt-4.1` → `gpt-4.1`."""
-    if "/" not in raw:
-        return label(raw)
-    head, slash, tail = raw.partition("/")
-    return label(
-        tail if slash and tail and provider_name(head) != "" and head.replace("_", "").isalnum() else raw
-    )
+    found = _model_cache.get(raw)
+    if found is None:
+        head, slash, tail = raw.partition("/")
+        prefixed = slash and tail and provider_name(head) != "" and head.replace("_", "").isalnum()
+        found = label(tail if prefixed else raw)
+        if len(_model_cache) < 10_000:
+            _model_cache[raw] = found
+    return found
 
 
 def finish_name(raw: str) -> str:

@@ -137,7 +137,7 @@ def hex_id(text: Any) -> str:
             return base64.b64decode(text, validate=True).hex()
         except (binascii.Error, ValueError):
             return text
-    return text[:64].lower()
+    return text.lower()
 
 
 class JsonSpan:

@@ -12,23 +12,31 @@ from typing import Final
 from flyball.streams.labels import LABELS
 
 FIELDS: Final[dict[str, tuple[str, ...]]] = {
-    # what kind of span
+    # What kind of span; who and what. Few different values, remembered instead of read again.
     "operation": ("gen_ai.operation.name",),
     "oi_kind": ("openinference.span.kind",),
     "ai_operation": ("ai.operationId",),
     "tl_kind": ("traceloop.span.kind",),
     "request_type": ("llm.request.type",),
-    "attempt": ("pydantic_ai.model_request.attempt",),
-    # who and what
-    "provider": ("gen_ai.provider.name", "gen_ai.system", "llm.provider", "llm.system", "ai.model.provider"),
+    "provider": (
+        "gen_ai.provider.name", "gen_ai.system", "llm.provider", "llm.system", "ai.model.provider",
+    ),
     "model": ("gen_ai.request.model", "llm.request.model_name", "ai.model.id", "embedding.model_name"),
     "served": ("gen_ai.response.model", "llm.response.model_name", "ai.response.model", "llm.model_name"),
+    "finish": (
+        "gen_ai.response.finish_reasons", "gen_ai.response.finish_reason", "gen_ai.response.stop_reason",
+        "llm.finish_reason", "llm.response.finish_reason", "anthropic.message.stop_reason",
+        "ai.response.finishReason",
+    ),
+    "stream": ("gen_ai.request.stream", "llm.is_streaming", "gen_ai.is_streaming"),
+    # More of that, with many values.
+    "attempt": ("pydantic_ai.model_request.attempt",),
     "parameters": ("llm.invocation_parameters", "embedding.invocation_parameters"),
     "id": ("gen_ai.response.id", "llm.response.id", "ai.response.id"),
-    # how much
+    # How much.
     "input": (
-        "gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens", "llm.token_count.prompt", "llm.usage.prompt_tokens",
-        "ai.usage.inputTokens", "ai.usage.promptTokens", "ai.usage.tokens",
+        "gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens", "llm.token_count.prompt",
+        "llm.usage.prompt_tokens", "ai.usage.inputTokens", "ai.usage.promptTokens", "ai.usage.tokens",
     ),
     "output": (
         "gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens", "llm.token_count.completion",
@@ -48,16 +56,13 @@ FIELDS: Final[dict[str, tuple[str, ...]]] = {
         "gen_ai.usage.details.cache_creation_input_tokens",
     ),
     "reasoning": (
-        "gen_ai.usage.reasoning.output_tokens", "gen_ai.usage.reasoning_tokens", "llm.usage.reasoning_tokens",
-        "llm.token_count.completion_details.reasoning", "ai.usage.reasoningTokens",
-        "ai.usage.outputTokenDetails.reasoningTokens", "gen_ai.usage.details.reasoning_tokens",
+        "gen_ai.usage.reasoning.output_tokens", "gen_ai.usage.reasoning_tokens",
+        "llm.usage.reasoning_tokens", "llm.token_count.completion_details.reasoning",
+        "ai.usage.reasoningTokens", "ai.usage.outputTokenDetails.reasoningTokens",
+        "gen_ai.usage.details.reasoning_tokens",
     ),
     "cost": ("gen_ai.cost.total_cost", "llm.cost.total", "operation.cost", "gen_ai.usage.cost"),
-    # how it went
-    "finish": (
-        "gen_ai.response.finish_reasons", "gen_ai.response.finish_reason", "gen_ai.response.stop_reason",
-        "llm.finish_reason", "llm.response.finish_reason", "anthropic.message.stop_reason", "ai.response.finishReason",
-    ),
+    # How it went.
     "error": ("error.type", "exception.type"),
     "status": ("http.response.status_code", "http.status_code"),
     "code": ("litellm.provider.error.code", "litellm.error.code"),
@@ -66,17 +71,17 @@ FIELDS: Final[dict[str, tuple[str, ...]]] = {
         "gen_ai.server.time_to_first_token",
     ),
     "ttft_ms": ("ai.response.msToFirstChunk", "ai.stream.msToFirstChunk"),
-    "stream": ("gen_ai.request.stream", "llm.is_streaming", "gen_ai.is_streaming"),
     "retries": ("http.request.resend_count",),
-    # tools
+    # Tools.
     "tool": ("gen_ai.tool.name", "tool.name", "ai.toolCall.name", "traceloop.entity.name"),
+    # Content: read of tool calls only, and hashed at once.
     "arguments": (
-        "gen_ai.tool.call.arguments", "ai.toolCall.args", "ai.toolCall.input", "tool_arguments", "input.value",
-        "traceloop.entity.input", "tool.parameters",
+        "gen_ai.tool.call.arguments", "ai.toolCall.args", "ai.toolCall.input", "tool_arguments",
+        "input.value", "traceloop.entity.input", "tool.parameters",
     ),
     "result": (
-        "gen_ai.tool.call.result", "ai.toolCall.result", "ai.toolCall.output", "tool_response", "output.value",
-        "traceloop.entity.output",
+        "gen_ai.tool.call.result", "ai.toolCall.result", "ai.toolCall.output", "tool_response",
+        "output.value", "traceloop.entity.output",
     ),
 }  # fmt: skip
 """Field → attribute names; the first is the modern one and has a slot of its own, the others stand in for it."""
@@ -97,68 +102,92 @@ STEPS: Final[dict[str, str]] = {"execute_tool": "tool", "invoke_agent": "agent"}
 """Operations that are steps of an agent → our kind of step. Others (plans, memory, workflows) are left out."""
 
 
-CONSTANT: Final[frozenset[str]] = frozenset(
-    {"operation", "oi_kind", "ai_operation", "tl_kind", "request_type", "provider", "model", "served", "finish", "stream"}
-)
-"""Fields with few different values: what their attribute reads as is remembered instead of read again."""
+_CONSTANT_FIELDS: Final = INDEX["stream"] + 1
+"""Fields below this slot have few different values."""
 
-CONTENT: Final[frozenset[str]] = frozenset({"arguments", "result"})
-"""Fields that are read only of tool calls, and hashed at once."""
+_CONTENT_FIELDS: Final = INDEX["arguments"]
+"""Fields from this slot on are content."""
+
+Source = tuple[int, int, str]
+"""Slot of the value or -1, slot of its version or -1, other label or nothing."""
 
 
 class KeyMap:
-    """Attribute name → where its value goes, for one set of label rules.
+    """Attribute name → slot of the list that a span's values are gathered in, for one set of label rules.
 
-    `codes[key]` below `first_label` is a field's slot in the list that a span's values are gathered in, below `size` a
-    label's; from `size` on it is a stand-in, and `stand_ins[code - size]` tells (slot, rank, label slot or -1).
-    `masks[slot - first_label]` has a bit for every label that the slot has a say in.
+    Slots: one for each field (its modern name), one for each label source, one for every older or foreign name of a
+    field (a stand-in), and a last one that is never read. `bits[slot]` says what a value there has a say in: label i
+    by bit i, field f (as a stand-in) by bit `len(LABELS) + f`.
     """
 
     def __init__(self, rules: Mapping[str, tuple[str, ...]]) -> None:
-        self.first_label = len(FIELDS)
         self.codes: dict[str, int] = {}
-        self.stand_ins: list[tuple[int, int, int]] = []
-        self.label_slots: dict[str, int] = {}
-        for key in _label_keys(rules):
-            self.label_slots.setdefault(key, self.first_label + len(self.label_slots))
-        self.size = self.first_label + len(self.label_slots)
+        label_keys = list(dict.fromkeys(_label_keys(rules)))
         for name, keys in FIELDS.items():
-            for rank, key in enumerate(keys):
-                if rank == 0 and key not in self.label_slots:
-                    self.codes[key] = INDEX[name]
-                else:
-                    self.codes[key] = self.size + len(self.stand_ins)
-                    self.stand_ins.append((INDEX[name], rank, self.label_slots.get(key, -1)))
-        for key, slot in self.label_slots.items():
-            self.codes.setdefault(key, slot)
-        self.labels = [[self._source(s) for s in rules.get(name, ())] for name in LABELS]
-        self.masks = self._masks()
+            if keys[0] not in label_keys:
+                self.codes[keys[0]] = INDEX[name]
+        slot = len(FIELDS)
+        for key in [*label_keys, *(key for keys in FIELDS.values() for key in keys)]:
+            if key not in self.codes:
+                self.codes[key] = slot
+                slot += 1
+        self.unread = slot
+        self.size = slot + 1
+        self.stand_ins = [[self.codes[k] for k in keys if self.codes[k] != INDEX[n]] for n, keys in FIELDS.items()]
+        self.labels = [(name, [self._source(s) for s in rules.get(name, ())]) for name in LABELS]
+        self.bits = self._bits()
         self.wire_codes = {key.encode(): code for key, code in self.codes.items()}
-        self.constant = self._codes_of(CONSTANT)
-        self.content = self._codes_of(CONTENT)
+        self.constant = self._flags(range(_CONSTANT_FIELDS))
+        self.content = self._flags(range(_CONTENT_FIELDS, len(FIELDS)))
+        self._labels_of: dict[int, list[tuple[str, list[Source]]]] = {}
+        self._fields_of: dict[int, list[tuple[int, list[int]]]] = {}
 
-    def _codes_of(self, names: frozenset[str]) -> frozenset[int]:
-        return frozenset(self.codes[key] for name in names for key in FIELDS[name])
+    def _flags(self, fields: range) -> list[bool]:
+        flags = [False] * self.size
+        for field in fields:
+            for slot in (field, *self.stand_ins[field]):
+                flags[slot] = True
+        return flags
 
-    def _source(self, text: str) -> tuple[int, int, int]:
-        """(slot of the value or -1, slot of its version or -1, position of the other label or -1)."""
+    def _source(self, text: str) -> Source:
         if text.startswith("="):
-            return -1, -1, LABELS.index(text[1:])
+            return -1, -1, text[1:]
         name, _, version = text.partition("@")
-        return self.label_slots[name], self.label_slots[version] if version else -1, -1
+        return self.codes[name], self.codes[version] if version else -1, ""
 
-    def _masks(self) -> list[int]:
-        masks = [0] * len(self.label_slots)
-        for position, sources in enumerate(self.labels):
+    def _bits(self) -> list[int]:
+        bits = [0] * self.size
+        for position, (_, sources) in enumerate(self.labels):
             for slot, version, _ in sources:
                 for used in (slot, version):
                     if used >= 0:
-                        masks[used - self.first_label] |= 1 << position
-        for position, sources in enumerate(self.labels):  # labels that follow another label change with it
+                        bits[used] |= 1 << position
+        for position, (_, sources) in enumerate(self.labels):  # labels that follow another label change with it
             for _, _, other in sources:
-                if other >= 0:
-                    masks = [m | 1 << position if m >> other & 1 else m for m in masks]
-        return masks
+                if other:
+                    bits = [b | 1 << position if b >> LABELS.index(other) & 1 else b for b in bits]
+        for field, slots in enumerate(self.stand_ins):
+            for slot in slots:
+                bits[slot] |= 1 << len(LABELS) + field
+        return bits
+
+    def labels_of(self, touched: int) -> list[tuple[str, list[Source]]]:
+        """Name and sources of the labels whose bits are set; -1 sets all."""
+        found = self._labels_of.get(touched)
+        if found is None:
+            found = [entry for i, entry in enumerate(self.labels) if touched >> i & 1]
+            self._labels_of[touched] = found
+        return found
+
+    def fields_of(self, touched: int) -> list[tuple[int, list[int]]]:
+        """Fields for which stand-ins have come, with the slots of those in order of preference."""
+        found = self._fields_of.get(touched)
+        if found is None:
+            shift = len(LABELS)
+            found = [(f, slots) for f, slots in enumerate(self.stand_ins) if touched >> shift + f & 1]
+            if len(self._fields_of) < 10_000:
+                self._fields_of[touched] = found
+        return found
 
 
 def _label_keys(rules: Mapping[str, tuple[str, ...]]) -> Iterable[str]:

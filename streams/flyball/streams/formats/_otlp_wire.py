@@ -38,6 +38,8 @@ _MESSAGES: Final[dict[str, tuple[tuple[str, int, Any, bool, str], ...]]] = {
     "Request": (("resource_spans", 1, _MESSAGE, True, "ResourceSpans"),),
 }
 _DEEPEST: Final = 40
+STATUS_OK: Final = b"\x18\x01"
+"""A status that says OK and nothing else."""
 
 
 def _request_class() -> Any:
@@ -182,9 +184,7 @@ def text(data: bytes) -> str:
 class WireSpan:
     """What is read of a protobuf span besides its attributes."""
 
-    @staticmethod
-    def hex(raw: Any) -> str:
-        return raw.hex() if len(raw) <= 64 else raw[:64].hex()
+    hex = bytes.hex
 
     @staticmethod
     def name(span: Any) -> str:

@@ -191,33 +191,35 @@ class LiteLlm:
         group = label(_text(r.model_group))
         cost = _number(r.response_cost, "response_cost")
         retries = r.hidden_params.additional_headers if r.hidden_params is not None else None
-        return LlmCall(
-            at=at,
-            id=self._id(r, failed, at),
-            provider=provider,
-            model=model_name(raw_model) or group,
-            model_served="" if failed else _served(r.response, group),
-            deployment=_deployment(group, _text(r.model_id)),
-            operation=_operation(r.call_type),
-            error=error,
-            error_code=code,
-            input_tokens=tokens[0],
-            output_tokens=tokens[1],
-            cache_read_tokens=tokens[2],
-            cache_write_tokens=tokens[3],
-            reasoning_tokens=tokens[4],
-            # A failed call reports a cost of 0 whatever happened: not said, rather than free.
-            cost_usd=None if failed and not cost else cost,
-            latency_s=at - start if start is not None and at >= start else None,
-            ttft_s=first - start
-            if stream and start is not None and first is not None and start <= first < at
-            else None,
-            finish="" if failed else _finish(r.response),
-            stream=stream,
-            retries=_count(getattr(retries, "x_litellm_attempted_retries", None), "attempted-retries"),
-            scope=SCOPE,
+        # By a dict: msgspec takes many keyword arguments one by one, in quadratic time.
+        told: dict[str, Any] = {
             **labels,
-        )
+            "at": at,
+            "id": self._id(r, failed, at),
+            "provider": provider,
+            "model": model_name(raw_model) or group,
+            "model_served": "" if failed else _served(r.response, group),
+            "deployment": _deployment(group, _text(r.model_id)),
+            "operation": _operation(r.call_type),
+            "error": error,
+            "error_code": code,
+            "input_tokens": tokens[0],
+            "output_tokens": tokens[1],
+            "cache_read_tokens": tokens[2],
+            "cache_write_tokens": tokens[3],
+            "reasoning_tokens": tokens[4],
+            # A failed call reports a cost of 0 whatever happened: not said, rather than free.
+            "cost_usd": None if failed and not cost else cost,
+            "finish": "" if failed else _finish(r.response),
+            "stream": stream,
+            "retries": _count(getattr(retries, "x_litellm_attempted_retries", None), "attempted-retries"),
+            "scope": SCOPE,
+        }
+        if start is not None and at >= start:
+            told["latency_s"] = at - start
+            if stream and first is not None and start <= first < at:
+                told["ttft_s"] = first - start
+        return LlmCall(**told)
 
     def _id(self, r: Any, failed: bool, at: float) -> str:
         """The provider's response id; else an id of this attempt: a fallback's attempts share LiteLLM's call id."""

@@ -9,7 +9,7 @@ come in different bodies; here such a span only learns who its nearest calling a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Final
 
 import msgspec
@@ -28,27 +28,33 @@ from flyball.streams.formats._names import (
     label,
     model_name,
     provider_name,
+    provider_names,
 )
 from flyball.streams.formats._options import FormatOptions
-from flyball.streams.formats._otlp_keys import FIELDS, INDEX, INFERENCE, STEPS, KeyMap
+from flyball.streams.formats._otlp_keys import (
+    FIELDS,
+    INDEX,
+    INFERENCE,
+    STEPS,
+    KeyMap,
+)
 from flyball.streams.labels import LABELS
 
-(
-    _OP, _OI, _AI, _TL, _REQUEST_TYPE, _ATTEMPT, _PROVIDER, _MODEL, _SERVED, _PARAMETERS, _ID, _INPUT, _OUTPUT, _READ,
-    _WRITE, _REASONING, _COST, _FINISH, _ERROR, _STATUS, _CODE, _TTFT, _TTFT_MS, _STREAM, _RETRIES, _TOOL, _ARGUMENTS,
-    _RESULT,
-) = (INDEX[name] for name in FIELDS)  # fmt: skip
-_TEAM, _APP, _TENANT, _PROMPT, _RUN, _KEY, _AGENT, _REGION = range(len(LABELS))
+(_OP, _OI, _AI, _TL, _REQUEST_TYPE, _PROVIDER, _MODEL, _SERVED, _FINISH, _STREAM, _ATTEMPT, _PARAMETERS, _ID, _INPUT, _OUTPUT, _READ, _WRITE, _REASONING, _COST, _ERROR, _STATUS, _CODE, _TTFT, _TTFT_MS, _RETRIES, _TOOL, _ARGUMENTS, _RESULT) = (INDEX[name] for name in FIELDS)  # fmt: skip
 
 _HOPS: Final = 32
 """How far up a trace the search for a calling ancestor goes."""
-_CONSTANTS: Final = 4096
+_LABEL_BITS: Final = (1 << len(LABELS)) - 1
+_SHORT: Final = 80
+_KNOWN: Final = 8192
+_VARIETY: Final = 64
+"""Attributes remembered by their bytes: only short ones, so many in all, so many of one name."""
 _PLAIN, _ROLL_UP, _RAW_CHILD, _OTHER = "other_span", "roll_up", "raw_child", "not_inference"
 _OI_STEPS: Final = {"TOOL": "tool", "AGENT": "agent"}
 _MESSAGE: Final = 4000
 
-Labels = tuple[str, ...]
-"""Values in the order of `LABELS`."""
+Labels = dict[str, str]
+"""Label → value; those that are not said are not in it."""
 
 
 class _Bad(Exception):
@@ -66,6 +72,7 @@ class _Parameters(msgspec.Struct, gc=False):
     stream: Any = None
 
 
+_operations, _providers = INFERENCE, provider_names
 _parameters = msgspec.json.Decoder(_Parameters)
 _words = msgspec.json.Decoder(list[str])
 
@@ -82,17 +89,14 @@ class _Group:
 class _Body:
     """What one body has given so far."""
 
-    __slots__ = ("calls", "events", "ignored", "parents", "plain", "rejected", "scopes", "seen")
+    __slots__ = ("events", "ignored", "plain", "rejected", "seen")
 
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.rejected: list[Rejected] = []
         self.ignored: dict[str, int] = {}
-        self.plain: dict[Any, Any] = {}
-        """Spans that are neither call nor step: id → parent's id, to find a calling ancestor through them."""
-        self.calls: dict[str, int] = {}
-        self.parents: list[tuple[int, Any]] = []
-        self.scopes: set[str] = set()
+        self.plain: list[tuple[Any, Any, Callable[[Any], str]]] = []
+        """Spans that are neither call nor step (id, parent's id), to find a calling ancestor through them."""
         self.seen = 0
 
 
@@ -106,7 +110,8 @@ class Otlp:
         self._options = options or FormatOptions()
         self._keys = KeyMap(self._options.labels.otlp)
         self._hash = self._options.hasher()
-        self._constants: dict[bytes, Any] = {}
+        self._known: dict[bytes, tuple[int, Any, int]] = {}
+        self._variety: dict[bytes, int] = {}
 
     def decode(self, body: bytes, content_type: str = "") -> Decoded:
         if body[:1] == b"{":
@@ -132,45 +137,87 @@ class Otlp:
         return self._finished(out)
 
     def _wire_spans(self, spans: Iterable[Any], group: _Group, out: _Body) -> None:
-        """The hot path: every attribute of every span passes here, most of them to be skipped by name."""
+        """The hot path: every attribute of every span passes here, most of them to be skipped.
+
+        What an attribute with few different values reads as is remembered by its bytes; values in the usual layout
+        (a short string, a number below 16,384) are read in line, since a call for each would cost a third more."""
         keys = self._keys
-        code_of, first_label, size, masks = keys.wire_codes.get, keys.first_label, keys.size, keys.masks
-        constant, content, constants = keys.constant, keys.content, self._constants
-        value_in, take, template = wire.value_in, self._take, group.template
+        code_of, bits, constant, content = keys.wire_codes.get, keys.bits, keys.constant, keys.content
+        known, take, template = self._known.get, self._take, group.template
         for span in spans:
             slots = template[:]
-            stand_ins: list[tuple[int, Any]] = []
             touched = 0
             try:
                 for data in span.attributes:
+                    size = len(data)
+                    if size < _SHORT:
+                        found = known(data)
+                        if found is not None:
+                            code, value, bit = found
+                            slots[code] = value
+                            touched |= bit
+                            continue
                     end = data[1] + 2
                     code = code_of(data[2:end])
                     if code is None:
+                        if size < _SHORT:
+                            self._learn(data, end, keys.unread, None)
                         continue
-                    if code in constant:
-                        value = constants.get(data)
-                        if value is None:
-                            value = value_in(data, end)
-                            if len(constants) < _CONSTANTS:
-                                constants[data] = value
-                    elif code in content:
-                        value = data  # read by a tool's step only
+                    if content[code]:
+                        slots[code] = data  # read by a tool's step only
                     else:
-                        value = value_in(data, end)
-                    if code < first_label:
+                        kind, length = data[end + 2], data[end + 3]
+                        if kind == 0x0A and length < 0x80 and size == end + 4 + length:
+                            value = data[end + 4 :].decode()
+                        elif kind == 0x18 and length < 0x80:
+                            value = length
+                        elif kind == 0x18 and data[end + 4] < 0x80:
+                            value = length & 0x7F | data[end + 4] << 7
+                        else:
+                            value = wire.value_in(data, end)
                         slots[code] = value
-                    elif code < size:
-                        slots[code] = value
-                        touched |= masks[code - first_label]
-                    else:
-                        stand_ins.append((code, value))
-            except (wire.WireError, IndexError):
-                out.rejected.append(Rejected("protobuf", "a span with a damaged attribute.", b"", out.seen))
-                out.seen += 1
+                        if constant[code]:
+                            self._learn(data, end, code, value)
+                    touched |= bits[code]
+            except (wire.WireError, IndexError, UnicodeDecodeError):
+                self._wire_span_carefully(span, group, out)
                 continue
-            if stand_ins:
-                touched |= self._stand_in(slots, stand_ins)
+            if touched:
+                self._stand_in(slots, touched)
             take(span, slots, touched, group, out)
+
+    def _learn(self, data: bytes, end: int, code: int, value: Any) -> None:
+        """Remembers what an attribute reads as, or that it is skipped: short ones, some values a name."""
+        if len(data) < _SHORT:
+            name = data[2:end]
+            count = self._variety.get(name, 0)
+            if count < _VARIETY and len(self._known) < _KNOWN:
+                self._variety[name] = count + 1
+                self._known[data] = (code, value, self._keys.bits[code])
+
+    def _wire_span_carefully(self, span: Any, group: _Group, out: _Body) -> None:
+        """A span with an attribute in an unusual layout, or damaged."""
+        try:
+            pairs = [wire.attribute(data) for data in span.attributes]
+        except wire.WireError:
+            out.rejected.append(Rejected("protobuf", "a span with a damaged attribute.", b"", out.seen))
+            out.seen += 1
+            return
+        self._gathered(span, ((wire.text(key), value) for key, value in pairs), group, out)
+
+    def _gathered(self, span: Any, pairs: Iterable[tuple[str, Any]], group: _Group, out: _Body) -> None:
+        slots = group.template[:]
+        touched = 0
+        for key, value in pairs:
+            code = self._keys.codes.get(key)
+            if code is None or value is None:
+                continue
+            # Bytes in a slot are an attribute not read yet: a value of bytes goes in as text.
+            slots[code] = value.hex() if value.__class__ is bytes else value
+            touched |= self._keys.bits[code]
+        if touched:
+            self._stand_in(slots, touched)
+        self._take(span, slots, touched, group, out)
 
     def _json(self, body: bytes) -> Decoded:
         out = _Body()
@@ -193,24 +240,9 @@ class Otlp:
             yield scope_spans, _Group(template, labels, scope, js.JsonSpan)
 
     def _json_span(self, span: js.Span, group: _Group, out: _Body) -> None:
-        keys = self._keys
-        slots = group.template[:]
-        stand_ins: list[tuple[int, Any]] = []
-        touched = 0
-        for attribute in span.attributes or ():
-            code = keys.codes.get(attribute.key)
-            if code is None or attribute.value is None:
-                continue
-            value = attribute.value if code in keys.content else js.plain(attribute.value)
-            if code < keys.size:
-                slots[code] = value
-                if code >= keys.first_label:
-                    touched |= keys.masks[code - keys.first_label]
-            else:
-                stand_ins.append((code, value))
-        if stand_ins:
-            touched |= self._stand_in(slots, stand_ins)
-        self._take(span, slots, touched, group, out)
+        codes = self._keys.codes
+        pairs = ((a.key, js.plain(a.value)) for a in span.attributes or () if a.key in codes)
+        self._gathered(span, pairs, group, out)
 
     def _json_carefully(self, body: bytes, out: _Body) -> None:
         """A body with damaged spans, or several requests, one a line."""
@@ -239,36 +271,30 @@ class Otlp:
         """The slots that every span of a resource starts from, and the labels when the span adds none."""
         template: list[Any] = [None] * self._keys.size
         for key, value in attributes:
-            slot = self._keys.label_slots.get(key)
-            if slot is not None:
-                template[slot] = value
-        return template, self._labels(template, -1, ("",) * len(LABELS))
+            slot = self._keys.codes.get(key)
+            if slot is not None and self._keys.bits[slot] & _LABEL_BITS:
+                template[slot] = value.hex() if isinstance(value, bytes) else value
+        return template, self._labels(template, -1, {})
 
-    def _stand_in(self, slots: list[Any], stand_ins: list[tuple[int, Any]]) -> int:
+    def _stand_in(self, slots: list[Any], touched: int) -> None:
         """Older and foreign names fill the slots that the modern name left empty, the preferred one first."""
-        table, size = self._keys.stand_ins, self._keys.size
-        if len(stand_ins) > 1:
-            stand_ins.sort(key=lambda s: table[s[0] - size][1])
-        touched = 0
-        for code, value in stand_ins:
-            slot, _, label_slot = table[code - size]
-            if label_slot >= 0:
-                slots[label_slot] = value
-                touched |= self._keys.masks[label_slot - self._keys.first_label]
-            present = slots[slot]
-            if present is None or (slot == _PROVIDER and not provider_name(_text(present))):
-                slots[slot] = value
-        return touched
+        for field, stand_ins in self._keys.fields_of(touched):
+            present = slots[field]
+            if present is not None and (field != _PROVIDER or provider_name(_text(present))):
+                continue
+            for slot in stand_ins:
+                value = slots[slot]
+                if value is not None and (field != _PROVIDER or provider_name(_text(value))):
+                    slots[field] = value
+                    break
 
     def _labels(self, slots: list[Any], touched: int, base: Labels) -> Labels:
         """The labels, of which only those are looked up anew that an attribute of the span has a say in."""
-        found = list(base)
-        for position, sources in enumerate(self._keys.labels):
-            if not touched >> position & 1:
-                continue
+        found = base.copy()
+        for name, sources in self._keys.labels_of(touched):
             for slot, version_slot, other in sources:
-                if other >= 0:
-                    value = found[other]
+                if other:
+                    value = found.get(other, "")
                 elif slots[slot] is None:
                     continue
                 else:
@@ -276,28 +302,26 @@ class Otlp:
                     if value and version_slot >= 0 and slots[version_slot] is not None:
                         value = f"{value}@{_text(slots[version_slot])}"
                 if value:
-                    found[position] = value if len(value) <= MAX_LABEL else value[:MAX_LABEL]
+                    found[name] = value if len(value) <= MAX_LABEL else value[:MAX_LABEL]
                     break
-        return tuple(found)
+        return found
 
     def _take(self, span: Any, slots: list[Any], touched: int, group: _Group, out: _Body) -> None:
         """One span whose attributes have been gathered: an event, or the reason why it is none."""
-        kind, operation = _kind(span, slots, group.read)
+        operation = _operations.get(slots[_OP]) if slots[_OP].__class__ is str else None
+        kind = "call"
+        if operation is None:
+            kind, operation = _kind(span, slots, group.read)
         out.seen += 1
         if kind != "call" and kind != "tool" and kind != "agent":
             out.ignored[kind] = out.ignored.get(kind, 0) + 1
             if kind != _ROLL_UP and span.parent_span_id:
-                out.plain[span.span_id] = span.parent_span_id
+                out.plain.append((span.span_id, span.parent_span_id, group.read.hex))
             return
         try:
             labels = self._labels(slots, touched, group.labels) if touched else group.labels
             if kind == "call":
-                event = self._call(span, slots, operation, labels, group)
-                if span.parent_span_id:
-                    out.parents.append((len(out.events), span.parent_span_id))
-                out.calls[event.span] = len(out.events)
-                out.events.append(event)
-                out.scopes.add(group.scope)
+                out.events.append(self._call(span, slots, operation, labels, group))
             else:
                 out.events.append(self._step(span, slots, kind, labels, group))
         except _Bad as e:
@@ -309,9 +333,13 @@ class Otlp:
     def _call(self, span: Any, slots: list[Any], operation: str, labels: Labels, group: _Group) -> LlmCall:
         start, at = _times(span)
         hex_id = group.read.hex
-        trace, parent = hex_id(span.trace_id), span.parent_span_id
+        trace, own, parent = hex_id(span.trace_id), hex_id(span.span_id), span.parent_span_id
+        parent = hex_id(parent) if parent else ""
+        if len(trace) > 64 or len(own) > 64 or len(parent) > 64:
+            trace, own, parent = trace[:64], own[:64], parent[:64]  # no ids of OTLP's
         provider = slots[_PROVIDER]
-        provider = provider_name(provider) if provider.__class__ is str else ""
+        if provider is not None:
+            provider = _providers.get(provider) or provider_name(_text(provider))
         model, served = slots[_MODEL], slots[_SERVED]
         model = model if model.__class__ is str else ""
         served = served if served.__class__ is str else ""
@@ -320,48 +348,74 @@ class Otlp:
             named, streams = _from_parameters(slots[_PARAMETERS])
             model, stream = model or named, stream or streams
         error = code = ""
-        if span.status or slots[_ERROR] is not None:
-            error, code = self._error(span, slots, provider, group.read)
-        input_, output, read, write, reasoning = _tokens(slots)
+        status = span.status
+        if (status and status != wire.STATUS_OK) or slots[_ERROR] is not None:
+            error, code = self._error(span, slots, provider or "", group.read)
+        input_, output, read, write, reasoning = slots[_INPUT : _REASONING + 1]
+        if (
+            input_.__class__ is not int
+            or output.__class__ is not int
+            or read.__class__ is not int
+            or not 0 <= read <= input_ < MAX_COUNT
+            or not 0 <= output < MAX_COUNT
+            or input_ == 0
+            or write is not None
+            or reasoning is not None
+        ):  # anything but the usual case
+            input_, output, read, write, reasoning = _tokens(input_, output, read, write, reasoning)
         ttft = None
-        if slots[_TTFT] is not None or slots[_TTFT_MS] is not None or slots[_OI] is not None:
+        if slots[_TTFT] is not None or slots[_OI] is not None or slots[_TTFT_MS] is not None:
             ttft = _ttft(span, slots, start, group.read)
-        finish, cost, retries, response_id = slots[_FINISH], slots[_COST], slots[_RETRIES], slots[_ID]
-        team, app, tenant, prompt, run, key, agent, region = labels
-        return LlmCall(
-            at=at,
-            id=identity(response_id) if response_id.__class__ is str else "",
-            provider=provider,
-            model=model_name(model or served),
-            model_served=model_name(served) if served else "",
-            region=region,
-            app=app,
-            prompt=prompt,
-            team=team,
-            tenant=tenant,
-            key=key,
-            agent=agent,
-            run=run or trace,
-            operation=operation,
-            error=error,
-            error_code=code,
-            input_tokens=input_,
-            output_tokens=output,
-            cache_read_tokens=read,
-            cache_write_tokens=write,
-            reasoning_tokens=reasoning,
-            # A failed call, or one without usage, says 0: not said, rather than free.
-            cost_usd=_seconds(cost) or None if cost is not None else None,
-            latency_s=at - start if 0.0 < start <= at else None,
-            ttft_s=ttft,
-            finish=_finish(finish) if finish is not None else "",
-            stream=stream or ttft is not None,
-            retries=_count(retries, "retries") if retries is not None else None,
-            trace=trace,
-            span=hex_id(span.span_id),
-            parent=hex_id(parent) if parent else "",
-            scope=group.scope,
-        )
+        # Only what was said goes in, by one dict: msgspec takes many keyword arguments one by one, in quadratic time.
+        told: dict[str, Any] = {
+            "run": trace,
+            **labels,
+            "at": at,
+            "operation": operation,
+            "trace": trace,
+            "span": own,
+            "scope": group.scope,
+        }
+        if parent:
+            told["parent"] = parent
+        if provider:
+            told["provider"] = provider
+        if model or served:
+            told["model"] = model_name(model or served)
+        if served:
+            told["model_served"] = model_name(served)
+        if input_ is not None:
+            told["input_tokens"] = input_
+        if output is not None:
+            told["output_tokens"] = output
+        if read is not None:
+            told["cache_read_tokens"] = read
+        if write is not None:
+            told["cache_write_tokens"] = write
+        if reasoning is not None:
+            told["reasoning_tokens"] = reasoning
+        if 0.0 < start <= at:
+            told["latency_s"] = at - start
+        if ttft is not None:
+            told["ttft_s"] = ttft
+        if stream or ttft is not None:
+            told["stream"] = True
+        if error:
+            told["error"] = error
+            told["error_code"] = code
+        value = slots[_ID]
+        if value.__class__ is str:
+            told["id"] = value if len(value) <= MAX_LABEL else identity(value)
+        value = slots[_FINISH]
+        if value is not None:
+            told["finish"] = _finish(value)
+        value = slots[_COST]
+        if value is not None:
+            told["cost_usd"] = _seconds(value) or None  # a failed call says 0: not said, rather than free
+        value = slots[_RETRIES]
+        if value is not None:
+            told["retries"] = _count(value, "retries")
+        return LlmCall(**told)
 
     def _error(self, span: Any, slots: list[Any], provider: str, read: Any) -> tuple[str, str]:
         """Class and code; both empty when the call went well.
@@ -401,11 +455,11 @@ class Otlp:
             result = message  # what the agent sees of a tool that failed
         return AgentStep(
             at=at,
-            run=labels[_RUN] or trace,
-            app=labels[_APP],
-            agent=labels[_AGENT] or ("" if is_tool else label(read.name(span))),
-            team=labels[_TEAM],
-            tenant=labels[_TENANT],
+            run=labels.get("run") or trace,
+            app=labels.get("app", ""),
+            agent=labels.get("agent") or ("" if is_tool else label(read.name(span))),
+            team=labels.get("team", ""),
+            tenant=labels.get("tenant", ""),
             kind=kind,
             tool=tool,
             args_hash=self._hash.of(arguments, tool) if arguments is not None else "",
@@ -422,16 +476,23 @@ class Otlp:
 
     def _finished(self, out: _Body) -> Decoded:
         """Where several instrumentations wrote into one body, a call's parent becomes its nearest calling ancestor."""
-        if len(out.scopes) > 1 and out.plain:
-            for index, parent in out.parents:
-                above, hops = parent, 0
-                while above in out.plain and hops < _HOPS:
-                    above, hops = out.plain[above], hops + 1
-                name = above.hex() if isinstance(above, bytes) else js.hex_id(above)
-                call = out.events[index]
-                if hops and name in out.calls and isinstance(call, LlmCall) and call.span != name:
-                    out.events[index] = msgspec.structs.replace(call, parent=name)
+        if out.plain:
+            calls = {e.span: i for i, e in enumerate(out.events) if type(e) is LlmCall}
+            if len({out.events[i].scope for i in calls.values()}) > 1:  # type: ignore[union-attr]
+                _climb(out, calls)
         return Decoded(out.events, out.rejected, out.ignored)
+
+
+def _climb(out: _Body, calls: dict[str, int]) -> None:
+    above_of = {hex_id(own): hex_id(parent) for own, parent, hex_id in out.plain}
+    for span, index in calls.items():
+        call = out.events[index]
+        assert isinstance(call, LlmCall)
+        above, hops = call.parent, 0
+        while above in above_of and hops < _HOPS:
+            above, hops = above_of[above], hops + 1
+        if hops and above in calls and above != span:
+            out.events[index] = msgspec.structs.replace(call, parent=above)
 
 
 def _wire_attributes(attributes: Iterable[bytes]) -> Iterable[tuple[str, Any]]:
@@ -536,10 +597,10 @@ def _seconds(value: Any) -> float | None:
     return None
 
 
-def _tokens(slots: list[Any]) -> tuple[int | None, int | None, int | None, int | None, int | None]:
-    """Input, output, cache read, cache write, reasoning. Missing is not zero, and no prompt is empty: an input of 0
-    means that the source did not know."""
-    input_, output = slots[_INPUT], slots[_OUTPUT]
+def _tokens(
+    input_: Any, output: Any, read: Any, write: Any, reasoning: Any
+) -> tuple[int | None, int | None, int | None, int | None, int | None]:
+    """The five counts. Missing is not zero, and no prompt is empty: an input of 0 means that the source did not know."""
     if input_ is not None:
         input_ = _count(input_, "input tokens")
     if output is not None:
@@ -548,7 +609,6 @@ def _tokens(slots: list[Any]) -> tuple[int | None, int | None, int | None, int |
         if not output:
             return None, None, None, None, None
         input_ = None
-    read, write, reasoning = slots[_READ], slots[_WRITE], slots[_REASONING]
     if read is not None:
         read = _count(read, "cache-read tokens")
     if write is not None:
@@ -613,9 +673,7 @@ def _exception(span: Any, read: Any) -> tuple[str, str]:
 
 def _content(value: Any) -> Any:
     """A content attribute, left unread until here, as plain data: to be hashed at once and dropped."""
-    if value.__class__ is bytes:
-        return wire.attribute(value)[1]
-    return js.plain(value) if isinstance(value, js.AnyValue) else value
+    return wire.attribute(value)[1] if value.__class__ is bytes else value
 
 
 def _size(content: Any) -> int:
