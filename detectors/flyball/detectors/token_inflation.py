@@ -94,6 +94,8 @@ class TokenInflation(LevelDetector):
         self._prompts: dict[str, list[tuple[str, int]]] = {}
         """app → [(prompt name, slot)], newest last."""
         self._agents = _AgentCells()
+        self._models: tuple[float, dict[str, list[int]], dict[int, int]] = (-np.inf, {}, {})
+        """Start of the window it was made for, app → slots of its models, slot → row: a cache."""
 
     # --- reading --------------------------------------------------------------------------------------------------
 
@@ -190,17 +192,22 @@ class TokenInflation(LevelDetector):
         rollup = find_rollup(window, _MODEL)
         if rollup is None:
             return None
-        app_at, model_at = rollup.by.index("app"), rollup.by.index("model")
-        rows = {slot: row for row, slot in enumerate(rollup.ids.tolist())}
-        usage = self._usage[_MODEL]
+        if self._models[0] != window.start:  # one walk over the labels, however many apps alarm in one window
+            slots: dict[str, list[int]] = {}
+            app_at = rollup.by.index("app")
+            for slot, labels in enumerate(rollup.labels):
+                slots.setdefault(labels[app_at], []).append(slot)
+            rows = {slot: row for row, slot in enumerate(rollup.ids.tolist())}
+            self._models = (window.start, slots, rows)
+        _, slots, rows = self._models
+        model_at, usage = rollup.by.index("model"), self._usage[_MODEL]
         before, after = {}, {}
-        for slot, labels in enumerate(rollup.labels):
-            if labels[app_at] != app:
-                continue
+        for slot in slots.get(app, ()):
+            model = rollup.labels[slot][model_at]
             if usage.known(slot):
-                before[labels[model_at]] = usage.normal(slot, per_minute)
+                before[model] = usage.normal(slot, per_minute)
             if slot in rows:
-                after[labels[model_at]] = _usage_of(rollup, rows[slot], per_minute)
+                after[model] = _usage_of(rollup, rows[slot], per_minute)
         return (before, after) if before and after else None
 
     # --- state ----------------------------------------------------------------------------------------------------
@@ -216,6 +223,7 @@ class TokenInflation(LevelDetector):
             self._usage[tuple(by)].table.load(packed)
         self._prompts = {app: [(name, slot) for name, slot in prompts] for app, prompts in state["prompts"]}
         self._agents = _AgentCells()
+        self._models = (-np.inf, {}, {})
 
 
 def _is_warm(level: Level, slot: int) -> bool:
