@@ -37,8 +37,8 @@ class Params:
         spend_half_life_s: how fast spend is forgotten in the velocity.
         min_children: fewer children are never told.
         children_without_baseline: so many are told although nothing is known of the application's other runs.
-        relearn_runs: so many runs in a row that all would be told are the new normal. A change that hits every run is
-            the concern of detectors over windows, not of this one.
+        relearn_runs: when runs that would be told outnumber the others lately by so many, they are the new normal. A change
+            that hits every run is the concern of detectors over windows, not of this one.
         idle_s: a run that says nothing for so long has ended.
         still_every_s: the least event time between two `still`.
         max_runs, max_groups: remembered; the ones silent longest are forgotten first.
@@ -88,7 +88,7 @@ class Params:
 
 
 class _Peers:
-    """What other runs of the same agent had: one level, and how many runs in a row it kept out."""
+    """What other runs of the same agent had: one level, and by how many runs those kept out outnumber the others lately."""
 
     __slots__ = ("kept_out", "level")
 
@@ -97,13 +97,14 @@ class _Peers:
         self.kept_out = 0
 
     def offer(self, x: float, over: bool, p: Params) -> None:
-        """One run's value. What is anomalous does not teach, until so many runs in a row are that it is the new normal."""
+        """One run's value. What is anomalous does not teach, until so many more runs are than are not that it is the new normal."""
         if over:
             self.kept_out += 1
             if self.kept_out < p.relearn_runs:
                 return
-            self.level = Level()
-        self.kept_out = 0
+            self.level, self.kept_out = Level(), 0
+        else:
+            self.kept_out = max(0, self.kept_out - 1)
         level = self.level
         if level.n >= p.warmup_runs:
             # One large run among the normal ones may pull, but not far.

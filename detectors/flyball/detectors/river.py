@@ -29,7 +29,6 @@ _SIGNALS: Final = {
 COLUMNS: Final = tuple(sorted({*_SIGNALS} & {*SUMS, "error_ratio", "calls"}))
 """What a model can be shown: a mean per call, the number of calls, or the share of failed attempts."""
 _BET: Final = 0.2  # exponent of the wager on small p-values; below ~0.3 it grows fastest where p is as small as it can be
-_FLOOR_SD: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +208,8 @@ class RiverDetector:
         self.budget = budget or PageBudget()
         self._model = _Model(self.params.model, self.params.arguments)
         self._series: OrderedDict[int, _Series] = OrderedDict()
+        # The least scatter that is believed: 5 points of a ratio, 2 % of anything else (its logarithm).
+        self._floor_sd = 0.05 if self.params.column == "error_ratio" else 0.02
 
     @property
     def signal(self) -> str:
@@ -270,7 +271,7 @@ class RiverDetector:
         threshold = self.budget.nats(window.end - window.start)
         s.n += 1
         ready = s.n > p.warmup
-        z = s.level.z(value, _FLOOR_SD) if s.level.n > 1 else 0.0
+        z = s.level.z(value, self._floor_sd) if s.level.n > 1 else 0.0
         # A model that scores a value at the series' own level as odd is in its grace period or wrong; neither wakes anybody.
         wrong_way = abs(z) < 1.0 or (p.direction == "up" and z < 0) or (p.direction == "down" and z > 0)
         away = alarm = False
@@ -326,7 +327,7 @@ class RiverDetector:
         Half-space trees split [0, 1]; the squeeze depends on the level *when the value is shown* and the result is what the series
         keeps, so a rebuilt model sees the same numbers.
         """
-        sd, mean = s.level.sd(_FLOOR_SD), s.level.mean
+        sd, mean = s.level.sd(self._floor_sd), s.level.mean
         if self._model.drift:
             return value if s.level.n < self.params.warmup else min(mean + 6 * sd, max(mean - 6 * sd, value))
         if s.level.n < 2:
