@@ -47,9 +47,9 @@ def faults(start: float, seconds: float) -> Sequence[AnyFault]:
     """Three faults, one after another, scaled to the length of the demo."""
     unit = seconds / 105.0
     return (
-        ProviderOutage("b", 0.8, start + 8 * unit, start + 48 * unit),
-        AgentLoop("researcher", start + 50 * unit, start + 80 * unit),
-        PromptInflation("checkout@4", 2.5, start + 55 * unit, math.inf),
+        ProviderOutage("b", 0.8, start + 6 * unit, start + 60 * unit),
+        AgentLoop("researcher", start + 35 * unit, start + 75 * unit),
+        PromptInflation("checkout@4", 2.5, start + 50 * unit, math.inf),
     )
 
 

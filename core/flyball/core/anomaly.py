@@ -24,7 +24,7 @@ class Anomaly(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
     id: str
     detector: str
     signal: str
-    """What departed: `llm.errors`, `llm.input_tokens`, `llm.output_tokens`, `llm.latency`, `llm.ttft`, `llm.cost`, `llm.cache`,
+    """What departed: `llm.errors`, `llm.input_tokens`, `llm.output_tokens`, `llm.latency`, `llm.ttft`, `llm.cost`, `llm.cache`, `llm.retries`,
     `agent.loop`, `agent.spend`, `agent.context`, `agent.fan_out`, `gpu.fault`, `gpu.throttle`, `serving.queue`, `serving.kv_cache`,
     `serving.preemptions`, `serving.ttft`, `stream.silent`, `stream.poison`."""
     labels: dict[str, str]

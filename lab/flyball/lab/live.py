@@ -24,6 +24,7 @@ from flyball.lab.sim import Simulator
 
 SENDER_HEADER: Final = "X-Flyball-Sender"
 TICK_S: Final = 0.5
+HISTORY_STEP_S: Final = 15.0
 _directives = msgspec.json.Decoder(list[dict[str, Any]])
 
 
@@ -94,7 +95,10 @@ class LiveLab:
                 raise ConfigError(
                     f"no Flyball at {self.base_url} ({e}); start one with `flyball run`", where="lab"
                 ) from e
-            problem = await self._post(client, sim, start) if history_s else ""
+            problem = ""
+            while sim.now < start:
+                # In slices, so that the senders' bodies interleave as they would have.
+                problem = await self._post(client, sim, min(sim.now + HISTORY_STEP_S, start))
             while True:
                 now = min(self.clock(), start + duration_s)
                 problem = (
