@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from flyball.core.columns import BASE_LABELS, COUNTED, SUMS, Rollup, Window
 from flyball.core.errorclass import CLASS_INDEX, CLASSES
 from flyball.core.events import AgentStep, Batch, Event, LlmCall
-from flyball.streams.cells import HISTOGRAMS
+from flyball.streams.cells import HISTOGRAMS, CodeOfHash
 from flyball.streams.histogram import buckets
 from flyball.streams.windows import Windows, WindowSettings, merge_windows
 
@@ -272,3 +272,31 @@ def test_a_table_under_pressure_loses_no_call_and_restarts_exactly(seed: int) ->
     stats = one[1]
     assert stats.cells <= small.max_cells
     assert sum(np.frombuffer(w[4][0][3][2][1], np.int64).sum() for w in one[0]) == 30 * 60
+
+
+# Few distinct low bits, so that many hashes want the same place.
+hashes = st.builds(
+    lambda high, low: high << 20 | low, st.integers(-(2**42), 2**42), st.sampled_from([0, 1, 4095])
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(hashes, unique=True, max_size=80), st.lists(hashes, max_size=20), st.integers(0, 80))
+def test_codes_are_found_by_their_hash_and_by_no_other(
+    known: list[int], asked: list[int], at_once: int
+) -> None:
+    first = np.array(known[:at_once], np.int64)
+    table = CodeOfHash(first, np.arange(len(first)))
+    for code, key in list(enumerate(known))[at_once:]:
+        table.put(key, code)
+    expected = [known.index(key) if key in known else -1 for key in known + asked]
+    assert table.find(np.array(known + asked, np.int64)).tolist() == expected
+    assert len(table) == len(known)
+
+
+def test_a_table_of_codes_grows_with_what_is_put_into_it() -> None:
+    table = CodeOfHash()
+    keys = np.arange(20_000, dtype=np.int64) * 7919
+    for code, key in enumerate(keys.tolist()):
+        table.put(key, code)
+    assert table.find(keys).tolist() == list(range(20_000))

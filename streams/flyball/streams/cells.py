@@ -5,7 +5,8 @@ This is the hot path: about 0.8 µs a call, of which nearly all is reading field
 
 - list comprehensions read fields at 20 a field and 80 for a tuple of ten; `map(attrgetter(...))` needs 220 for the tuple.
 - a dict of tuples costs 700 (hashing is cheap, comparing ten cold strings is not), of joined strings 470–550, of the tuple's
-  64-bit hash 450, and the last does not slow down with 100,000 cells. Two keys share a hash once in 10**9 tables.
+  64-bit hash 450; looking the hashes of a chunk up in arrays 340, and that does not grow with the cells. Two keys of a full
+  table share a hash once in 10**9 tables.
 - `np.fromiter` converts lists with None in them to nan at 25; `array` and `struct` are no quicker.
 - `np.add.at` needs 2 a row and sums in order of arrival, so that no sum depends on where chunks end.
 """
@@ -86,11 +87,71 @@ def read_numbers(calls: Sequence[LlmCall]) -> list[Floats | None]:
     ]
 
 
-class _CodeOfHash(dict[int, int]):
-    """What calls of this hash count towards: `slot << CLASS_BITS | class`, -1 where not yet known."""
+class CodeOfHash:
+    """What calls of a hash count towards: `slot << CLASS_BITS | class`, for many hashes at once.
 
-    def __missing__(self, key: int) -> int:
-        return -1
+    An open-addressing table in two arrays: numpy reads a whole chunk's entries at once and the misses of the cache overlap, where a
+    dict waits for four of them, one after the other, for each call.
+    """
+
+    def __init__(self, keys: Ints | None = None, codes: Ints | None = None) -> None:
+        n = 0 if keys is None else len(keys)
+        self._size = 1 << max(12, (4 * n).bit_length() + 1)
+        self._mask = self._size - 1
+        self._keys: Ints = np.zeros(self._size, np.int64)
+        self._codes: Ints = np.full(self._size, -1, np.int64)
+        self._n = n
+        if keys is not None and codes is not None:
+            self._fill(keys, codes)
+
+    def __len__(self) -> int:
+        return self._n
+
+    def find(self, keys: Ints) -> Ints:
+        """int64[len(keys)]: the code of each hash, -1 where there is none."""
+        at = keys & self._mask
+        codes: Ints = self._codes[at]
+        wrong = np.flatnonzero((self._keys[at] != keys) & (codes >= 0))
+        while len(wrong):
+            at = (at if len(at) == len(wrong) else at[wrong]) + 1 & self._mask
+            keys = keys if len(keys) == len(wrong) else keys[wrong]
+            there = self._codes[at]
+            codes[wrong] = there
+            still = (self._keys[at] != keys) & (there >= 0)
+            at, keys, wrong = at[still], keys[still], wrong[still]
+        return codes
+
+    def put(self, key: int, code: int) -> None:
+        """Add a hash that is not there."""
+        if 4 * self._n >= self._size:
+            twice = CodeOfHash(*self.items())
+            self._size, self._mask, self._keys, self._codes = (
+                twice._size,
+                twice._mask,
+                twice._keys,
+                twice._codes,
+            )
+        at = key & self._mask
+        while self._codes[at] >= 0:
+            at = at + 1 & self._mask
+        self._keys[at], self._codes[at] = key, code
+        self._n += 1
+
+    def items(self) -> tuple[Ints, Ints]:
+        """All hashes and their codes."""
+        used = np.flatnonzero(self._codes >= 0)
+        return self._keys[used], self._codes[used]
+
+    def _fill(self, keys: Ints, codes: Ints) -> None:
+        at = keys & self._mask
+        while len(keys):
+            free = self._codes[at] < 0
+            _, first = np.unique(at, return_index=True)
+            placed = np.zeros(len(keys), np.bool_)
+            placed[first] = True
+            placed &= free
+            self._keys[at[placed]], self._codes[at[placed]] = keys[placed], codes[placed]
+            keys, codes, at = keys[~placed], codes[~placed], at[~placed] + 1 & self._mask
 
 
 class CellTable:
@@ -120,9 +181,10 @@ class CellTable:
         self._slot_of: dict[Labels, int] = {}
         self._others: dict[Labels, int] = {}
         self._free: list[int] = []
+        self._values: dict[str, str] = {}
         self._knocks = bytearray(1 << (8 * max_cells - 1).bit_length())
         self._knocked = 0
-        self._codes = _CodeOfHash()
+        self._codes = CodeOfHash()
         self._grow(min(_FIRST_CAPACITY, max_cells))
 
     def __len__(self) -> int:
@@ -130,11 +192,12 @@ class CellTable:
 
     def codes(self, calls: Sequence[LlmCall]) -> Ints:
         """int64[len(calls)]: `slot << CLASS_BITS | class` of every call; new labels get a slot."""
-        hashes = _hashes(calls)
-        codes = np.fromiter(map(self._codes.__getitem__, hashes), np.int64, len(hashes))
+        hashes = np.fromiter(_hashes(calls), np.int64, len(calls))
+        codes = self._codes.find(hashes)
         if len(codes) and codes.min() < 0:
+            learned: dict[int, int] = {}
             for i in np.flatnonzero(codes < 0).tolist():
-                codes[i] = self._learn(hashes[i], calls[i])
+                codes[i] = self._learn(int(hashes[i]), calls[i], learned)
         if self._others:
             self.overflowed += int(self.is_other[codes >> CLASS_BITS].sum())
         return codes
@@ -146,16 +209,19 @@ class CellTable:
             self.overflowed += int(self.is_other[slots].sum())
         return slots
 
-    def _learn(self, key: int, call: LlmCall) -> int:
-        code = self._codes[key]
-        if code < 0:
+    def _learn(self, key: int, call: LlmCall, learned: dict[int, int]) -> int:
+        """Code of a call that is not in the table of hashes; `learned` is what this chunk added to it."""
+        code = learned.get(key)
+        if code is None:
             slot = self._slot(labels_of(call), 1)
             code = slot << CLASS_BITS | CLASS_INDEX.get(call.error, UNKNOWN)
             if self.is_other[slot] and self._room() > 0:
                 return code  # not remembered: its next call has to be seen here, to knock again
             if len(self._codes) >= 4 * self.max_cells + 65_536:
-                self._codes.clear()  # made-up error words or labels beyond the limit; what is in use comes back at once
-            self._codes[key] = code
+                # Made-up error words, or labels beyond the limit; what is in use comes back at once.
+                self._codes = CodeOfHash()
+            self._codes.put(key, code)
+            learned[key] = code
         return code
 
     def _room(self) -> int:
@@ -201,6 +267,10 @@ class CellTable:
         return slot
 
     def _take(self, labels: Labels) -> int:
+        # Every call brings strings of its own; cells that share a value shall share the string.
+        if len(self._values) > 4 * self.max_cells:
+            self._values.clear()
+        labels = tuple(map(self._values.setdefault, labels, labels))
         if self._free:
             slot = self._free.pop()
             self.labels[slot] = labels
@@ -275,9 +345,9 @@ class CellTable:
         gone = np.zeros(self.capacity, np.bool_)
         gone[freed] = True
         gone |= self.is_other  # labels that overflowed may now get a cell of their own
-        stale = gone[np.fromiter(self._codes.values(), np.int64, len(self._codes)) >> CLASS_BITS]
-        kept = [item for item, drop in zip(self._codes.items(), stale.tolist(), strict=True) if not drop]
-        self._codes = _CodeOfHash(kept)
+        keys, codes = self._codes.items()
+        kept = ~gone[codes >> CLASS_BITS]
+        self._codes = CodeOfHash(keys[kept], codes[kept])
 
     def state(self) -> tuple[Any, ...]:
         """What `restore` needs. Hashes are not part of it: they differ from process to process."""
@@ -310,7 +380,8 @@ class CellTable:
         ) = state
         told, self._knocked = knocks
         self._knocks = bytearray(told or len(self._knocks))
-        self.labels = [tuple(x) for x in labels]
+        self._values = {}
+        self.labels = [tuple(map(self._values.setdefault, x, x)) for x in labels]
         self.capacity = 0
         self.born, self.activity, self.is_other = np.empty(0), np.empty(0), np.empty(0, np.bool_)
         self._grow(capacity)
@@ -319,7 +390,7 @@ class CellTable:
         self.is_other[others] = True
         self._others = {self.labels[slot]: slot for slot in others}
         self._slot_of = {x: slot for slot, x in enumerate(self.labels) if x}
-        self._codes = _CodeOfHash()
+        self._codes = CodeOfHash()
 
 
 class CellSums:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Samples: TypeAlias = Mapping[tuple[int, int], tuple[str, ...]]
 
 DEFAULT_ROLLUPS: Final[tuple[Labels, ...]] = (
-    (), ("provider",), ("provider", "model"), ("provider", "region"), ("provider", "tenant"), ("deployment",), ("app",),
+    (), ("provider",), ("provider", "model"), ("provider", "region"), ("provider", "tenant"), ("model",), ("deployment",), ("app",),
     ("app", "provider"), ("app", "model"), ("app", "prompt"), ("app", "agent"), ("team",), ("tenant",),
 )  # fmt: skip
 
