@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from flyball.core.columns import BASE_LABELS, Rollup, Window
-from flyball.incidents.signals import ATTEMPT_INDEXES, FAMILY_NAMES, FAMILY_OF_INDEX, Spec
+from flyball.incidents.signals import FAMILY_NAMES, FAMILY_OF_INDEX, LEFT_OUT, Spec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,6 +37,7 @@ _COUNTS: Final = {
 }  # fmt: skip
 LABEL_POSITION: Final[dict[str, int]] = {name: i for i, name in enumerate(BASE_LABELS)}
 
+_REMEMBERED_MASKS: Final = 256
 ERROR_FLOOR: Final = 0.005
 """Failed share that is expected even of what never failed: one failure among a few calls is no proof."""
 _MIN_BASE: Final = 20.0
@@ -44,10 +45,14 @@ _MIN_BASE: Final = 20.0
 _VOLUME_FLOOR: Final = {"calls": 0.2, "cost_usd": 1e-4}
 """What is expected per window of a cell that was never seen."""
 _FAMILY_INDEX: Final = np.array(FAMILY_OF_INDEX)
+_LEFT_OUT: Final = list(LEFT_OUT)
 
 
 class Slice(msgspec.Struct):
-    """One window, compact. `cells`: int32[m]; `data`: float32[m, len(COLUMNS)]; failures sparse: (cell, class, count)."""
+    """One window, compact. `cells`: int32[m]; `data`: float32[len(COLUMNS), m]; failures sparse: (cell, class, count).
+
+    `totals`: label → calls by code of its value, made when first asked for.
+    """
 
     start: float
     end: float
@@ -56,6 +61,7 @@ class Slice(msgspec.Struct):
     fail_cells: Any
     fail_classes: Any
     fail_counts: Any
+    totals: dict[str, Any] = {}
 
 
 class Measure:
@@ -68,35 +74,59 @@ class Measure:
         self._cells = cells
         self.idx, self.now, self.expected, self.count = idx, now, expected, count
         self.excess = now - expected
+        self._columns: dict[str, NDArray[np.int32]] = {}
+        self._scopes: dict[tuple[tuple[str, str], ...], Bools] = {}
+
+    def codes(self, label: str) -> NDArray[np.int32]:
+        """Codes of one label, int32[k]; gathered once."""
+        found = self._columns.get(label)
+        if found is None:
+            found = self._columns[label] = self._cells.codes[LABEL_POSITION[label], self.idx]
+        return found
 
     def mask(self, scope: Mapping[str, str]) -> Bools:
-        return self._cells.mask(scope, self.idx)
+        """Which cells carry all labels of a scope; the last few scopes asked for are remembered."""
+        key = tuple(sorted(scope.items()))
+        found = self._scopes.get(key)
+        if found is None:
+            found = np.ones(len(self.idx), dtype=bool)
+            for label, value in key:
+                code = self._cells.code_of(label, value)
+                if code is None:
+                    found = np.zeros(len(self.idx), dtype=bool)
+                    break
+                found &= self.codes(label) == code
+            if len(self._scopes) >= _REMEMBERED_MASKS:
+                self._scopes.clear()
+            self._scopes[key] = found
+        return found
+
+    def any_mask(self, scopes: Sequence[Mapping[str, str]]) -> Bools:
+        if len(scopes) == 1:
+            return self.mask(scopes[0])
+        found = np.zeros(len(self.idx), dtype=bool)
+        for scope in scopes:
+            found |= self.mask(scope)
+        return found
 
     def without(self, scopes: Sequence[Mapping[str, str]]) -> Measure:
         """The same without the cells of some scopes: what they do not explain."""
         if not scopes:
             return self
-        keep = np.ones(len(self.idx), dtype=bool)
-        for scope in scopes:
-            keep &= ~self.mask(scope)
+        keep = ~self.any_mask(scopes)
         return Measure(self._cells, self.idx[keep], self.now[keep], self.expected[keep], self.count[keep])
 
-    def rate(self, mask: Bools) -> float:
+    def rate(self, rows: Bools | Ints) -> float:
         """Excess over the expected: 1.0 is twice as much; 0.0 where nothing is expected."""
-        expected = float(self.expected[mask].sum())
-        return float(self.excess[mask].sum()) / expected if expected > 0 else 0.0
+        expected = float(self.expected[rows].sum())
+        return float(self.excess[rows].sum()) / expected if expected > 0 else 0.0
 
     def share(self, outer: Mapping[str, str], inner: Sequence[Mapping[str, str]]) -> float:
         """Share of the excess of `outer` that lies in one of `inner`; 0.0 where `outer` has no excess."""
-        of = self.mask(outer)
-        positive = np.maximum(self.excess, 0.0)
-        total = float(positive[of].sum())
-        if total <= 0.0:
-            return 0.0
-        within = np.zeros(len(self.idx), dtype=bool)
-        for scope in inner:
-            within |= self.mask(scope)
-        return float(positive[of & within].sum()) / total
+        rows = np.nonzero(self.mask(outer))[0]
+        positive = np.maximum(self.excess[rows], 0.0)
+        total = float(positive.sum())
+        return float(positive[self.any_mask(inner)[rows]].sum()) / total if total > 0.0 else 0.0
 
 
 class Cells:
@@ -118,12 +148,12 @@ class Cells:
         self.values: list[list[str]] = [[""] for _ in BASE_LABELS]
         self._code: list[dict[str, int]] = [{"": 0} for _ in BASE_LABELS]
         self._index: dict[tuple[str, ...], int] = {}
-        self.codes: NDArray[np.int32] = np.zeros((256, len(BASE_LABELS)), dtype=np.int32)
+        self.codes: NDArray[np.int32] = np.zeros((len(BASE_LABELS), 256), dtype=np.int32)
         self.n = 0
         self._slot_cell: NDArray[np.int32] = np.full(0, -1, dtype=np.int32)
         self._slot_born: Floats = np.zeros(0)
-        self._past: NDArray[np.float32] = np.zeros((256, len(COLUMNS)), dtype=np.float32)
-        self._past_failed: NDArray[np.float32] = np.zeros((256, len(FAMILY_NAMES)), dtype=np.float32)
+        self._past: NDArray[np.float32] = np.zeros((len(COLUMNS), 256), dtype=np.float32)
+        self._past_failed: NDArray[np.float32] = np.zeros((len(FAMILY_NAMES), 256), dtype=np.float32)
         self._past_windows = 0.0
         self._groups: dict[tuple[str, ...], tuple[Ints, int]] = {}
         self._measures: dict[tuple[Spec, float], Measure] = {}
@@ -140,17 +170,19 @@ class Cells:
         """
         rollup = window.cells
         cells = self._cells_of(rollup)
-        data = np.zeros((len(rollup), len(COLUMNS)), dtype=np.float32)
-        data[:, COLUMN["calls"]] = rollup.calls
+        data = np.zeros((len(COLUMNS), len(rollup)), dtype=np.float32)
+        data[COLUMN["calls"]] = rollup.calls
         by_class = rollup.by_class
-        data[:, COLUMN["attempts"]] = by_class[:, list(ATTEMPT_INDEXES)].sum(axis=1)
+        data[COLUMN["attempts"]] = rollup.calls - by_class[:, _LEFT_OUT].sum(axis=1)
         for name, source in _SUMS.items():
             if source in rollup.sums:
-                data[:, COLUMN[name]] = rollup.sums[source]
+                data[COLUMN[name]] = rollup.sums[source]
         for name, source in _COUNTS.items():
             if source in rollup.counts:
-                data[:, COLUMN[name]] = rollup.counts[source]
-        rows, classes = np.nonzero(by_class[:, 1:])
+                data[COLUMN[name]] = rollup.counts[source]
+        failing = np.nonzero(rollup.calls != by_class[:, 0])[0]
+        rows, classes = np.nonzero(by_class[failing, 1:])
+        rows = failing[rows]
         counts = by_class[rows, classes + 1]
         piece = Slice(
             window.start,
@@ -163,7 +195,7 @@ class Cells:
         )
         self.ring.append(piece)
         self._rows += len(cells)
-        while len(self.ring) > self._ring_windows or (self._rows > self._ring_rows and len(self.ring) > 6):
+        while len(self.ring) > self._ring_windows or (self._rows > self._ring_rows and len(self.ring) > 3):
             self._melt(self.ring.popleft(), frozen)
         if self.n > self._max_cells:
             self._compact()
@@ -194,14 +226,14 @@ class Cells:
         if cell is not None:
             return cell
         cell = self.n
-        if cell == len(self.codes):
+        if cell == self.codes.shape[1]:
             self._grow(2 * cell)
         for position, value in enumerate(labels):
             code = self._code[position].get(value)
             if code is None:
                 code = self._code[position][value] = len(self.values[position])
                 self.values[position].append(value)
-            self.codes[cell, position] = code
+            self.codes[position, cell] = code
         self._index[labels] = cell
         self.n += 1
         self._groups.clear()
@@ -218,17 +250,20 @@ class Cells:
         for since, scopes in frozen:
             if piece.end > since:
                 held |= self.any_mask(scopes, np.arange(self.n))
+        some = bool(held.any())
         for past in (self._past, self._past_failed):
-            mean = past[: self.n][held] / self._past_windows if self._past_windows else None
-            past[: self.n] *= decay
+            # As if this window had been like the ones before, where it is anomalous: rates stay what they were.
+            mean = past[:, : self.n][:, held] / self._past_windows if some and self._past_windows else None
+            past[:, : self.n] *= decay
             if mean is not None:
-                # As if this window had been like the ones before: rates stay what they were.
-                past[: self.n][held] += mean
-        learn = ~held[piece.cells]
-        self._past[piece.cells[learn]] += piece.data[learn]
+                past[:, : self.n][:, held] += mean
+        learn = ~held[piece.cells] if some else slice(None)
+        into = piece.cells[learn]
+        for column, values in zip(self._past, piece.data, strict=True):
+            column[into] += values[learn]
         families = _FAMILY_INDEX[piece.fail_classes]
         known = (families >= 0) & ~held[piece.fail_cells]
-        np.add.at(self._past_failed, (piece.fail_cells[known], families[known]), piece.fail_counts[known])
+        np.add.at(self._past_failed, (families[known], piece.fail_cells[known]), piece.fail_counts[known])
         self._past_windows = self._past_windows * decay + 1.0
         self._rows -= len(piece.cells)
 
@@ -239,13 +274,14 @@ class Cells:
             self._rows -= len(self.ring.popleft().cells)
             used = np.unique(np.concatenate([p.cells for p in self.ring]))
         labels = [self.labels_of(int(c)) for c in used]
-        past, failed = self._past[used].copy(), self._past_failed[used].copy()
+        past, failed = self._past[:, used].copy(), self._past_failed[:, used].copy()
         moved = np.zeros(self.n, dtype=np.int32)
         moved[used] = np.arange(len(used), dtype=np.int32)
         for piece in self.ring:
             piece.cells, piece.fail_cells = moved[piece.cells], moved[piece.fail_cells]
+            piece.totals = {}
         self._reset_table(labels)
-        self._past[: len(used)], self._past_failed[: len(used)] = past, failed
+        self._past[:, : len(used)], self._past_failed[:, : len(used)] = past, failed
         self._slot_cell[:] = -1
 
     def _reset_table(self, labels: Sequence[tuple[str, ...]]) -> None:
@@ -255,22 +291,35 @@ class Cells:
         self.n = 0
         self._groups.clear()
         size = max(256, len(labels))
-        self.codes = np.zeros((size, len(BASE_LABELS)), dtype=np.int32)
-        self._past = np.zeros((size, len(COLUMNS)), dtype=np.float32)
-        self._past_failed = np.zeros((size, len(FAMILY_NAMES)), dtype=np.float32)
+        self.codes = np.zeros((len(BASE_LABELS), size), dtype=np.int32)
+        self._past = np.zeros((len(COLUMNS), size), dtype=np.float32)
+        self._past_failed = np.zeros((len(FAMILY_NAMES), size), dtype=np.float32)
         for one in labels:
             self._intern(one)
 
     # ---- asking
 
     def labels_of(self, cell: int) -> tuple[str, ...]:
-        return tuple(self.values[p][c] for p, c in enumerate(self.codes[cell].tolist()))
+        return tuple(self.values[p][c] for p, c in enumerate(self.codes[:, cell].tolist()))
 
     def knows(self, scope: Mapping[str, str]) -> bool:
         """Whether every label of the scope is one that cells carry, with a value seen in some call."""
         return bool(scope) and all(
             k in LABEL_POSITION and v in self._code[LABEL_POSITION[k]] for k, v in scope.items()
         )
+
+    def totals(self, piece: Slice, label: str) -> Floats:
+        """Calls of a window by code of one label, whatever the scope; kept with the window."""
+        found = piece.totals.get(label)
+        if found is None:
+            code = self.codes[LABEL_POSITION[label], piece.cells]
+            found = piece.totals[label] = np.bincount(code, piece.data[COLUMN["calls"]]).astype(np.float64)
+        known: Floats = found
+        return known
+
+    def code_of(self, label: str, value: str) -> int | None:
+        position = LABEL_POSITION.get(label)
+        return None if position is None else self._code[position].get(value)
 
     def mask(self, scope: Mapping[str, str], idx: NDArray[Any]) -> Bools:
         """Which of the cells carry all labels of the scope; an empty scope is everything."""
@@ -280,7 +329,7 @@ class Cells:
             code = None if position is None else self._code[position].get(value)
             if code is None:
                 return np.zeros(len(idx), dtype=bool)
-            found &= self.codes[idx, position] == code
+            found &= self.codes[position, idx] == code
         return found
 
     def group(self, by: tuple[str, ...]) -> tuple[Ints, int]:
@@ -293,14 +342,14 @@ class Cells:
             result = (np.zeros(n, dtype=np.int64), 1)
         elif len(by) == 1:
             position = LABEL_POSITION[by[0]]
-            result = (self.codes[:n, position].astype(np.int64), len(self.values[position]))
+            result = (self.codes[position, :n].astype(np.int64), len(self.values[position]))
         else:
             key = np.zeros(n, dtype=np.int64)
             for name in by:
                 position = LABEL_POSITION[name]
                 # Re-numbered at every label: a plain product of five large alphabets would not fit 64 bits.
                 _, key = np.unique(
-                    key * len(self.values[position]) + self.codes[:n, position], return_inverse=True
+                    key * len(self.values[position]) + self.codes[position, :n], return_inverse=True
                 )
             result = (key, int(key.max()) + 1 if n else 0)
         self._groups[by] = result
@@ -331,7 +380,7 @@ class Cells:
         now, count = self._sums(spec, now_slices)
         past, past_count = self._sums(spec, past_slices)
         past += self._past_sum(spec)
-        past_count += self._past[: self.n, COLUMN[spec.per]] if spec.per in COLUMN else 0.0
+        past_count += self._past[COLUMN[spec.per], : self.n] if spec.per in COLUMN else 0.0
         if spec.kind == "volume":
             windows = len(past_slices) + self._past_windows
             expected = past / windows * len(now_slices) if windows else np.zeros(self.n)
@@ -369,7 +418,7 @@ class Cells:
         cells = np.concatenate([p.cells for p in slices])
         if spec.per in COLUMN:
             per = COLUMN[spec.per]
-            count += np.bincount(cells, np.concatenate([p.data[:, per] for p in slices]), self.n)
+            count += np.bincount(cells, np.concatenate([p.data[per] for p in slices]), self.n)
         if spec.kind == "errors":
             wanted = np.isin(_FAMILY_INDEX, spec.families)
             for p in slices:
@@ -377,14 +426,14 @@ class Cells:
                 mass += np.bincount(p.fail_cells[hit], p.fail_counts[hit], self.n)
         else:
             column = COLUMN[spec.column]
-            mass += np.bincount(cells, np.concatenate([p.data[:, column] for p in slices]), self.n)
+            mass += np.bincount(cells, np.concatenate([p.data[column] for p in slices]), self.n)
         return mass, count
 
     def _past_sum(self, spec: Spec) -> Floats:
         if spec.kind == "errors":
-            failed: Floats = self._past_failed[: self.n, list(spec.families)].sum(axis=1).astype(np.float64)
+            failed: Floats = self._past_failed[list(spec.families), : self.n].sum(axis=0).astype(np.float64)
             return failed
-        return self._past[: self.n, COLUMN[spec.column]].astype(np.float64)
+        return self._past[COLUMN[spec.column], : self.n].astype(np.float64)
 
     def past_rates(
         self, scopes: Sequence[Mapping[str, str]], since: float, families: Sequence[int]
@@ -397,12 +446,12 @@ class Cells:
         spec = Spec("errors", "failed", "attempts", tuple(families))
         failed, attempts = self._sums(spec, past)
         failed += self._past_sum(spec)
-        attempts += self._past[: self.n, COLUMN["attempts"]]
-        cost = self._past[: self.n, COLUMN["cost_usd"]].astype(np.float64)
-        calls = self._past[: self.n, COLUMN["calls"]].astype(np.float64)
+        attempts += self._past[COLUMN["attempts"], : self.n]
+        cost = self._past[COLUMN["cost_usd"], : self.n].astype(np.float64)
+        calls = self._past[COLUMN["calls"], : self.n].astype(np.float64)
         for p in past:
-            cost += np.bincount(p.cells, p.data[:, COLUMN["cost_usd"]], self.n)
-            calls += np.bincount(p.cells, p.data[:, COLUMN["calls"]], self.n)
+            cost += np.bincount(p.cells, p.data[COLUMN["cost_usd"]], self.n)
+            calls += np.bincount(p.cells, p.data[COLUMN["calls"]], self.n)
         window_s = self.ring[-1].end - self.ring[-1].start
         minutes = (len(past) + self._past_windows) * window_s / 60.0
         n = float(attempts[inside].sum())
@@ -425,12 +474,12 @@ class Cells:
     def state(self) -> dict[str, Any]:
         return {
             "labels": [self.values[p][1:] for p in range(len(BASE_LABELS))],
-            "codes": self.codes[: self.n].tobytes(),
+            "codes": self.codes[:, : self.n].tobytes(),
             "n": self.n,
             "slot_cell": self._slot_cell.tobytes(),
             "slot_born": self._slot_born.tobytes(),
-            "past": self._past[: self.n].tobytes(),
-            "past_failed": self._past_failed[: self.n].tobytes(),
+            "past": self._past[:, : self.n].tobytes(),
+            "past_failed": self._past_failed[:, : self.n].tobytes(),
             "past_windows": self._past_windows,
             "ring": [
                 [p.start, p.end, p.cells.tobytes(), p.data.tobytes(), p.fail_cells.tobytes(), p.fail_classes.tobytes(),
@@ -444,14 +493,14 @@ class Cells:
         self.values = [["", *values] for values in state["labels"]]
         self._code = [{v: i for i, v in enumerate(values)} for values in self.values]
         size = max(256, n)
-        self.codes = _grown(np.frombuffer(state["codes"], dtype=np.int32).reshape(n, width), size, 0)
+        self.codes = _grown(np.frombuffer(state["codes"], dtype=np.int32).reshape(width, n), size, 0)
         self.n = n
         self._index = {self.labels_of(c): c for c in range(n)}
         self._slot_cell = np.frombuffer(state["slot_cell"], dtype=np.int32).copy()
         self._slot_born = np.frombuffer(state["slot_born"], dtype=np.float64).copy()
-        self._past = _grown(np.frombuffer(state["past"], dtype=np.float32).reshape(n, len(COLUMNS)), size, 0)
+        self._past = _grown(np.frombuffer(state["past"], dtype=np.float32).reshape(len(COLUMNS), n), size, 0)
         self._past_failed = _grown(
-            np.frombuffer(state["past_failed"], dtype=np.float32).reshape(n, len(FAMILY_NAMES)), size, 0
+            np.frombuffer(state["past_failed"], dtype=np.float32).reshape(len(FAMILY_NAMES), n), size, 0
         )
         self._past_windows = float(state["past_windows"])
         self.ring = deque()
@@ -461,7 +510,7 @@ class Cells:
                     start,
                     end,
                     np.frombuffer(cells, dtype=np.int32).copy(),
-                    np.frombuffer(data, dtype=np.float32).reshape(-1, len(COLUMNS)).copy(),
+                    np.frombuffer(data, dtype=np.float32).reshape(len(COLUMNS), -1).copy(),
                     np.frombuffer(fail_cells, dtype=np.int32).copy(),
                     np.frombuffer(fail_classes, dtype=np.int32).copy(),
                     np.frombuffer(fail_counts, dtype=np.int64).copy(),
@@ -473,7 +522,8 @@ class Cells:
 
 
 def _grown(array: NDArray[Any], size: int, fill: float) -> NDArray[Any]:
-    """A writable copy of at least `size` rows; the new ones hold `fill`."""
-    out = np.full((max(size, len(array)), *array.shape[1:]), fill, dtype=array.dtype)
-    out[: len(array)] = array
+    """A writable copy with a last axis of at least `size`; what is new holds `fill`."""
+    n = array.shape[-1]
+    out = np.full((*array.shape[:-1], max(size, n)), fill, dtype=array.dtype)
+    out[..., :n] = array
     return out

@@ -12,7 +12,6 @@ from itertools import islice
 from typing import Any, Final, TypeAlias
 
 import msgspec
-import numpy as np
 
 from flyball.core.anomaly import Anomaly
 from flyball.core.codec import pack_state, unpack_state
@@ -32,9 +31,11 @@ from flyball.incidents.lifecycle import Step, advance, allowed, command_step
 from flyball.incidents.ranking import Ranker, Root, root_by_labels, root_of_many
 from flyball.incidents.settings import IncidentSettings
 from flyball.incidents.signals import (
+    AFTERMATH,
     EGRESS,
     FAMILY_OF_INDEX,
     GATEWAY_LOCAL,
+    NAMED_ONLY,
     group_of,
     leading_order,
     rank_of,
@@ -87,6 +88,8 @@ class Correlator:
         self.dropped: dict[str, int] = {}
         """Anomalies that became part of nothing, by reason: `gateway_local`, `max_open`."""
         self._out: list[IncidentChange] = []
+        self._by_label: dict[tuple[str, str], dict[str, None]] = {}
+        self._expanded: dict[str, list[tuple[str, str]]] = {}
 
     # ---- the stage
 
@@ -255,6 +258,9 @@ class Correlator:
         if not anomalies:
             return
         self._now = max(self._now, max(a.at for a in anomalies))
+        self._by_label, self._expanded = {}, {}
+        for case in self._open.values():
+            self._index(case)
         touched: dict[str, bool] = {}
         was_active = {c.incident.id: bool(c.holding()) for c in self._open.values()}
         fresh = [a for a in sorted(anomalies, key=leading_order) if not self._known(a, touched)]
@@ -262,13 +268,15 @@ class Correlator:
         fresh = [a for a in fresh if not self._join_open(a, touched)]
         fresh = [a for a in fresh if not self._join_resolved(a, touched)]
         while fresh:
-            case = self._found(fresh, touched)
-            if case is None:
+            found = self._found(fresh, touched)
+            if found is None:
                 break
-            fresh = [a for a in fresh if not (a.id in case.members or self._join(case, a, touched))]
+            taken = {fresh[0].id}
+            taken |= {a.id for a in self._neighbours(found, fresh[1:]) if self._join(found, a, touched)}
+            fresh = [a for a in fresh if a.id not in taken]
         for key in sorted(touched):
-            case = self._open.get(key)
-            if case is not None:
+            if key in self._open:
+                case = self._open[key]
                 self._after_round(case, joined=touched[key], was_active=was_active.get(key, False))
 
     def _known(self, a: Anomaly, touched: dict[str, bool]) -> bool:
@@ -324,7 +332,7 @@ class Correlator:
         return False
 
     def _join_open(self, a: Anomaly, touched: dict[str, bool]) -> bool:
-        fits = [(self._joiner.fit(c, a), c) for c in self._open.values()]
+        fits = [(self._joiner.fit(c, a), c) for c in self._near(a)]
         fits = [(f, c) for f, c in fits if f > 0.0]
         if not fits:
             return False
@@ -332,6 +340,43 @@ class Correlator:
         self._add(best, a)
         touched[best.incident.id] = True
         return True
+
+    def _near(self, a: Anomaly) -> list[Case]:
+        """Open incidents that an anomaly could belong to: with a label in common where only labels can tell."""
+        if group_of(a.signal) not in NAMED_ONLY:
+            return [c for c in self._open.values() if related(c.lead, a.signal, a.klass)]
+        keys: dict[str, None] = {}
+        for pair in self._implied(a):
+            keys.update(self._by_label.get(pair, {}))
+        return [self._open[k] for k in keys if k in self._open]
+
+    def _index(self, case: Case) -> None:
+        for pair in self._pairs(case):
+            self._by_label.setdefault(pair, {})[case.incident.id] = None
+
+    def _pairs(self, case: Case) -> set[tuple[str, str]]:
+        scope = case.incident.scope
+        pairs = {*scope.items(), *self._graph.expand(scope).items(), *self._implied(case.lead)}
+        for a in case.primary()[:100]:
+            pairs.update(self._implied(a))
+        return pairs
+
+    def _implied(self, a: Anomaly) -> list[tuple[str, str]]:
+        """The labels of an anomaly and those that they imply; remembered for the round."""
+        found = self._expanded.get(a.id)
+        if found is None:
+            found = self._expanded[a.id] = list(self._graph.expand(a.labels).items())
+        return found
+
+    def _neighbours(self, case: Case, fresh: Sequence[Anomaly]) -> list[Anomaly]:
+        """Those that the incident could explain, by the cheap tests."""
+        own = self._pairs(case)
+        return [
+            a
+            for a in fresh
+            if related(case.lead, a.signal, a.klass)
+            and (group_of(a.signal) not in NAMED_ONLY or not own.isdisjoint(self._implied(a)))
+        ]
 
     def _join_resolved(self, a: Anomaly, touched: dict[str, bool]) -> bool:
         for case in sorted(
@@ -342,8 +387,11 @@ class Correlator:
                 break
             if case.merged_into or case.leader not in case.members or self._joiner.fit(case, a) <= 0.0:
                 continue
-            self._reopen(case, f"{a.signal} again {_ago(gone_s)} after it was over")
             self._add(case, a)
+            if group_of(a.signal) in AFTERMATH and case.group not in AFTERMATH:
+                case.ignored[a.id] = None
+                return True
+            self._reopen(case, f"{a.signal} again {_ago(gone_s)} after it was over")
             touched[case.incident.id] = True
             return True
         return False
@@ -373,9 +421,11 @@ class Correlator:
         root = self._root(leader, leader.since)
         case = self._same_or_wider(root, rivals)
         if case is None and rivals:
-            scopes = [s for c in rivals for s in self._scopes(c) if s]
-            root = self._root(leader, leader.since, scopes) if scopes else root
-            case = self._same_or_wider(root, rivals)
+            named = group_of(leader.signal) in NAMED_ONLY
+            scopes = [] if named else [s for c in rivals for s in self._scopes(c) if s]
+            if scopes:
+                root = self._root(leader, leader.since, scopes)
+                case = self._same_or_wider(root, rivals)
         if case is not None:
             if case.incident.root != root.entity:
                 self._set_root(case, root)
@@ -397,15 +447,19 @@ class Correlator:
 
     def _same_or_wider(self, root: Root, rivals: Sequence[Case]) -> Case | None:
         """An open incident with this root, or with one that lies within it and so widens."""
-        for case in sorted(
-            rivals, key=lambda c: (c.incident.root != root.entity, c.incident.at, c.incident.id)
-        ):
-            if case.incident.root == root.entity and case.incident.scope == root.scope:
-                return case
-            wider = set(root.scope.items()) < set(case.incident.scope.items())
-            if wider and (root.scope or root.entity == Entity("stream", EGRESS)):
-                return case
-        return None
+        ours = not root.scope and root.entity == Entity("stream", EGRESS)
+        same, within = [], []
+        for c in rivals:
+            i = c.incident
+            if i.root == root.entity and i.scope == root.scope:
+                same.append(c)
+            elif (
+                len(i.scope) > len(root.scope)
+                and (root.scope or ours)
+                and root.scope.items() <= i.scope.items()
+            ):
+                within.append(c)
+        return min(same or within, key=lambda c: (c.incident.at, c.incident.id), default=None)
 
     def _begin(self, leader: Anomaly, root: Root, touched: dict[str, bool]) -> Case:
         key = short_id("INC", leader.signal, str(root.entity), leader.id)
@@ -526,7 +580,8 @@ class Correlator:
         young = self._now - case.incident.at <= _SETTLING_S
         if case.opening:
             self._recount(case)
-        if case.primary() and case.active() and (joined or young):
+        # An incident that opens has just been ranked; only what joined it can say more.
+        if case.active() and (len(case.members) > 1 if case.opening else joined or young):
             self._reroot(case)
         if case.merged_into:
             return
@@ -559,7 +614,7 @@ class Correlator:
         scopes = self._scopes(case)
         now, _ = self._cells.spans(case.incident.since)
         for piece in now:
-            if enrich.add_slice(case, self._cells, piece, scopes, self.settings.max_names):
+            if scopes and enrich.add_slice(case, self._cells, piece, scopes, self.settings.max_names):
                 case.data_at = max(case.data_at, piece.end)
         rates = self._cells.past_rates(scopes, case.incident.since, case.families)
         case.base_ratio, case.base_usd_per_min, _ = rates
@@ -585,9 +640,7 @@ class Correlator:
         measure = self._cells.measure(spec, case.incident.since)
         if measure is None:
             return
-        inside = np.zeros(len(measure.idx), dtype=bool)
-        for scope in self._scopes(case):
-            inside |= measure.mask(scope)
+        inside = measure.any_mask(self._scopes(case))
         expected = float(measure.expected[inside].sum())
         if expected > 0:
             case.factor = round(max(float(measure.now[inside].sum()) / expected, case.factor), 4)
@@ -653,7 +706,7 @@ class Correlator:
         if i.signal.startswith("llm.") or not i.scope:
             known["prompt"] = {a.labels["prompt"] for a in case.primary() if a.labels.get("prompt")}
         changes = enrich.related_changes(
-            sorted(self._changes, key=lambda c: (c.at, c.kind, c.id, c.summary)), i.scope, known, i.since,
+            self._changes, i.scope, known, i.since,
             self.settings.changes_s,
         )  # fmt: skip
         if changes != i.changes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -17,6 +17,12 @@ from flyball.incidents.cells import COLUMN, LABEL_POSITION, Cells, Slice
 from flyball.incidents.graph import Graph
 from flyball.incidents.signals import EGRESS, FAMILY_OF_INDEX
 from flyball.incidents.text import clock, count, factor, name, percent, seconds, usd
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Ints32 = NDArray[np.int32]
+    Floats = NDArray[np.float64]
 
 _SHOWN_NAMES: Final = 20
 _SHOWN_CHANGES: Final = 10
@@ -47,66 +53,55 @@ def add_slice(
     t = case.tally
     window_s = max(piece.end - piece.start, 1e-9)
     wanted = np.isin(_FAMILY, case.families)[piece.fail_classes]
-    failed_of = (
-        np.bincount(piece.fail_cells[wanted], piece.fail_counts[wanted], cells.n) if cells.n else np.zeros(0)
-    )
-    attempts = piece.data[:, COLUMN["attempts"]].astype(np.float64)
-    t.estate_ratio_now = float(failed_of.sum()) / float(attempts.sum()) if attempts.sum() else 0.0
-    inside = cells.any_mask(scopes, piece.cells)
-    calls = piece.data[:, COLUMN["calls"]].astype(np.float64)
-    n = int(attempts[inside].sum())
-    failed = failed_of[piece.cells] if cells.n else np.zeros(0)
-    t.calls_now, t.failed_now = n, int(failed[inside].sum())
-    cost = float(piece.data[inside, COLUMN["cost_usd"]].sum(dtype=np.float64))
-    tokens = piece.data[inside][:, [COLUMN["input_tokens"], COLUMN["output_tokens"]]].sum(dtype=np.float64)
-    t.usd_per_min_now, t.tokens_per_min_now = cost * 60.0 / window_s, float(tokens) * 60.0 / window_s
-    had_calls = bool(calls[inside].any())
+    all_attempts = float(piece.data[COLUMN["attempts"]].sum(dtype=np.float64))
+    t.estate_ratio_now = float(piece.fail_counts[wanted].sum()) / all_attempts if all_attempts else 0.0
+    hit = wanted & cells.any_mask(scopes, piece.fail_cells)
+    rows = np.nonzero(cells.any_mask(scopes, piece.cells))[0]
+
+    def total(name: str) -> float:
+        return float(piece.data[COLUMN[name], rows].sum(dtype=np.float64))
+
+    t.calls_now, t.failed_now = int(total("attempts")), int(piece.fail_counts[hit].sum())
+    cost = total("cost_usd")
+    t.usd_per_min_now = cost * 60.0 / window_s
+    t.tokens_per_min_now = (total("input_tokens") + total("output_tokens")) * 60.0 / window_s
+    had_calls = bool(total("calls"))
     if quiet:
         return had_calls
     t.minutes += window_s / 60.0
-    t.calls += n
+    t.calls += t.calls_now
     t.failed += t.failed_now
     t.usd += cost
-    if n >= _ENOUGH_CALLS:
-        t.worst_ratio = max(t.worst_ratio, t.failed_now / n)
+    if t.calls_now >= _ENOUGH_CALLS:
+        t.worst_ratio = max(t.worst_ratio, t.failed_now / t.calls_now)
     if not had_calls:
         return False
-    affected = np.where(inside, failed if case.group == "errors" else calls, 0.0)
+    if case.group == "errors":
+        affected, weight = piece.fail_cells[hit], piece.fail_counts[hit].astype(np.float64)
+    else:
+        affected, weight = piece.cells[rows], piece.data[COLUMN["calls"], rows].astype(np.float64)
     for label, into in (("app", t.apps), ("tenant", t.tenants)):
-        _add_names(cells, piece, label, affected, calls, into, max_names)
+        of_calls = cells.totals(piece, label)
+        for value, code, n in _by_value(cells, label, affected, weight):
+            pair = into.get(value)
+            if pair is None and len(into) < max_names:
+                pair = into[value] = [0, 0]
+            if pair is not None:
+                pair[0] += n
+                pair[1] += int(of_calls[code])
     for label, names in (("model", t.models), ("region", t.regions)):
-        code = cells.codes[piece.cells, LABEL_POSITION[label]]
-        by_code = np.bincount(code, affected)
-        for i in np.nonzero(by_code)[0].tolist():
-            if i and (len(names) < max_names or cells.values[LABEL_POSITION[label]][i] in names):
-                value = cells.values[LABEL_POSITION[label]][i]
-                names[value] = names.get(value, 0) + int(by_code[i])
+        for value, _, n in _by_value(cells, label, affected, weight):
+            if value in names or len(names) < max_names:
+                names[value] = names.get(value, 0) + n
     return True
 
 
-def _add_names(
-    cells: Cells,
-    piece: Slice,
-    label: str,
-    affected: np.ndarray,
-    calls: np.ndarray,
-    into: dict[str, list[int]],
-    limit: int,
-) -> None:
+def _by_value(cells: Cells, label: str, affected: Ints32, weight: Floats) -> list[tuple[str, int, int]]:
+    """(value, code, affected calls) of one label; calls that do not tell it are left out."""
     position = LABEL_POSITION[label]
-    code = cells.codes[piece.cells, position]
-    of_affected, of_calls = np.bincount(code, affected), np.bincount(code, calls)
-    for i in np.nonzero(of_affected)[0].tolist():
-        if not i:
-            continue
-        value = cells.values[position][i]
-        pair = into.get(value)
-        if pair is None:
-            if len(into) >= limit:
-                continue
-            pair = into[value] = [0, 0]
-        pair[0] += int(of_affected[i])
-        pair[1] += int(of_calls[i])
+    by_code = np.bincount(cells.codes[position, affected], weight)
+    values = cells.values[position]
+    return [(values[code], code, int(by_code[code])) for code in np.nonzero(by_code)[0].tolist() if code]
 
 
 def impact_of(case: Case, graph: Graph) -> Impact:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+import numpy as np
+
 from flyball.core.anomaly import Anomaly
 from flyball.core.entities import Entity
 from flyball.incidents.case import Case, Effect
@@ -127,7 +129,7 @@ class Joiner:
         if measure is None or not labels or group_of(a.signal) == case.group:
             return False
         of = measure.mask(labels)
-        hit = of & self._cells.any_mask(self.scopes(case.incident.scope), measure.idx)
+        hit = of & measure.any_mask(self.scopes(case.incident.scope))
         return float(measure.count[hit].sum()) >= _USED_RATIO * float(measure.count[of].sum()) > 0.0
 
     def explained(self, a: Anomaly, scopes: Sequence[Mapping[str, str]]) -> float | None:
@@ -138,9 +140,9 @@ class Joiner:
         labels = {k: v for k, v in a.labels.items() if k in LABEL_POSITION}
         if measure is None or not scopes or not labels:
             return None
-        of = measure.mask(labels)
-        hit = of & self._cells.any_mask(scopes, measure.idx)
-        rest = of & ~hit
+        of = np.nonzero(measure.mask(labels))[0]
+        within = measure.any_mask(scopes)[of]
+        hit, rest = of[within], of[~within]
         if measure.rate(of) < _NO_EXCESS:
             return None
         if measure.rate(rest) > 0.5 * measure.rate(hit):

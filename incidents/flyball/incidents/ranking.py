@@ -243,7 +243,7 @@ class Ranker:
         if c.entity.kind not in ("provider", "model", "region", "deployment"):
             return
         inside = measure.mask(c.scope)
-        tenant = self._cells.codes[measure.idx, LABEL_POSITION["tenant"]]
+        tenant = measure.codes("tenant")
         # A failure or two of others are always there: what counts is where the excess lies.
         by_tenant = np.bincount(tenant[inside], np.maximum(measure.excess[inside], 0.0))
         by_tenant[0] = 0.0
@@ -277,7 +277,7 @@ class Ranker:
         if not may_be_ours(leader.signal, leader.klass):
             return None
         position = LABEL_POSITION["provider"]
-        provider = self._cells.codes[measure.idx, position]
+        provider = measure.codes("provider")
         now, n = np.bincount(provider, measure.now), np.bincount(provider, measure.count)
         called = [i for i in range(1, len(n)) if n[i] >= 2 * _MIN_CALLS]
         if len(called) < 2:
@@ -287,7 +287,7 @@ class Ranker:
             return None
         positive = np.maximum(measure.excess, 0.0)
         for kind in ("app", "tenant", "prompt", "agent", "team"):
-            code = self._cells.codes[measure.idx, LABEL_POSITION[kind]]
+            code = measure.codes(kind)
             of_excess, of_calls = np.bincount(code, positive), np.bincount(code, measure.count)
             of_excess[0] = 0.0
             top = int(of_excess.argmax())
@@ -358,7 +358,7 @@ class Ranker:
         facts_for: list[str] = []
         facts_against: list[str] = []
         for label, noun in _CHILDREN.get(kind, ()):
-            code = self._cells.codes[measure.idx[inside], LABEL_POSITION[label]]
+            code = measure.codes(label)[inside]
             now = np.bincount(code, measure.now[inside])
             expected = np.bincount(code, measure.expected[inside])
             n = np.bincount(code, measure.count[inside])

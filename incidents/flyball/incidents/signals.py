@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from flyball.core.anomaly import Anomaly
@@ -40,6 +41,9 @@ _COMPATIBLE: Final[dict[str, frozenset[str]]] = {
 }
 """Error families that may belong to one fault. The 401s of a tenant are never part of a provider's outage."""
 
+LEFT_OUT: Final[tuple[int, ...]] = tuple(sorted(CLASS_INDEX[c] for c in NOT_ATTEMPTS))
+"""Indexes of the classes of calls that never tested a provider."""
+
 GROUP_OF: Final[dict[str, str]] = {
     "llm.errors": "errors",
     "llm.latency": "slow",
@@ -56,6 +60,9 @@ GROUP_OF: Final[dict[str, str]] = {
 
 AFTERMATH: Final = frozenset({"retries", "cost", "cache"})
 """Groups that calm down after their cause is gone, and whose detectors judge slowly: they alone keep no incident open."""
+
+NAMED_ONLY: Final = frozenset({"agent", "gpu", "serving", "stream"})
+"""Groups that cells do not show: what joins them is a label in common, said or implied."""
 
 EXPLAINS: Final[dict[str, frozenset[str]]] = {
     "errors": frozenset({"errors", "slow", "retries", "cost", "cache", "tokens"}),
@@ -201,9 +208,14 @@ def leading_order(anomaly: Anomaly) -> tuple[int, float, list[tuple[str, str]], 
 
 def related(cause: Anomaly, signal: str, klass: str) -> bool:
     """Whether two departures can be one fault: either can cause the other, and error classes do not speak against it."""
-    a, b = group_of(cause.signal), group_of(signal)
+    return _related(cause.signal, cause.klass, signal, klass)
+
+
+@lru_cache(maxsize=4096)
+def _related(cause: str, cause_klass: str, signal: str, klass: str) -> bool:
+    a, b = group_of(cause), group_of(signal)
     if a == b == "errors":
-        f, g = error_family(cause.klass), error_family(klass)
+        f, g = error_family(cause_klass), error_family(klass)
         return f == g or "any" in (f, g) or g in _COMPATIBLE.get(f, ()) or f in _COMPATIBLE.get(g, ())
     return a == b or b in EXPLAINS.get(a, ()) or a in EXPLAINS.get(b, ())
 
@@ -221,6 +233,3 @@ def may_be_ours(signal: str, klass: str) -> bool:
     """Whether "every provider at once" would speak for our own egress: not for what applications or keys do wrong."""
     group = group_of(signal)
     return group == "errors" and SCOPE_OF.get(klass, "provider") in ("provider", "model", "unknown")
-
-
-ATTEMPT_INDEXES: Final[tuple[int, ...]] = tuple(CLASS_INDEX[c] for c in CLASSES if c not in NOT_ATTEMPTS)
