@@ -90,9 +90,14 @@ NASTY = (
     "𝕏" * 3000,
 )
 
-text = st.one_of(st.text(max_size=60), st.sampled_from(NASTY), st.text(st.sampled_from("&<>*_`~@|\\\"'\u0301\u200d👩🇩")))
+text = st.one_of(
+    st.text(max_size=60), st.sampled_from(NASTY), st.text(st.sampled_from("&<>*_`~@|\\\"'\u0301\u200d👩🇩"))
+)
 number = st.one_of(
-    st.floats(), st.floats(0, 1), st.floats(0, 1e12), st.sampled_from([1e308, -1e308, float("nan"), float("inf")])
+    st.floats(),
+    st.floats(0, 1),
+    st.floats(0, 1e12),
+    st.sampled_from([1e308, -1e308, float("nan"), float("inf")]),
 )
 when = st.one_of(st.floats(AT - 1e5, AT + 1e5), number)
 whole = st.integers(0, 10**15)

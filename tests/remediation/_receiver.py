@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
+
 
 @dataclass(frozen=True, slots=True)
 class Received:
@@ -53,7 +55,11 @@ class Receiver:
             if answer.hang:
                 await reader.read()
             elif not answer.drop:
-                lines = [f"HTTP/1.1 {answer.status} X", f"content-length: {len(answer.body)}", "connection: close"]
+                lines = [
+                    f"HTTP/1.1 {answer.status} X",
+                    f"content-length: {len(answer.body)}",
+                    "connection: close",
+                ]
                 lines += [f"{k}: {v}" for k, v in answer.headers.items()]
                 writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + answer.body)
                 await writer.drain()
@@ -63,8 +69,19 @@ class Receiver:
             writer.close()
 
 
+class NoNetwork(httpx.AsyncBaseTransport):
+    """For tests whose channels need none; making a client with it reads no certificates, which is slow."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("there is no network in this test")
+
+
+def offline_client() -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=NoNetwork(), trust_env=False)
+
+
 @asynccontextmanager
-async def receiver(*answers: Answer, otherwise: Answer = Answer()) -> AsyncIterator[Receiver]:  # noqa: B008
+async def receiver(*answers: Answer, otherwise: Answer = Answer()) -> AsyncIterator[Receiver]:
     box = Receiver("", otherwise, list(answers))
     server = await asyncio.start_server(box.serve, "127.0.0.1", 0)
     box.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"

@@ -170,7 +170,15 @@ def test_links_of_events_show_where_they_lead_or_are_left_out() -> None:
         ("Incident", "https://flyball.example/v1/incidents/INC-7QF3XK2P"),
         ("Change at status.example", "https://status.example/1"),
     ]
-    for bad in ("javascript:alert(1)", "https://ok@evil.example", "http://a b", "https://x/>", "//x", "http://x:99999/", ""):
+    for bad in (
+        "javascript:alert(1)",
+        "https://ok@evil.example",
+        "http://a b",
+        "https://x/>",
+        "//x",
+        "http://x:99999/",
+        "",
+    ):
         assert safe_url(bad) == ""
 
 
@@ -231,7 +239,11 @@ def test_a_broken_template_is_refused_with_its_line_and_the_built_in_stays(
 
 
 def test_a_template_that_fails_on_one_incident_loses_no_alert(tmp_path: Path) -> None:
-    write(tmp_path, "alert.j2", "{{ severity }} {{ 1 / (37 - incident.impact.n_tenants + 2 * (id != 'INC-7QF3XK2P')) }}")
+    write(
+        tmp_path,
+        "alert.j2",
+        "{{ severity }} {{ 1 / (37 - incident.impact.n_tenants + 2 * (id != 'INC-7QF3XK2P')) }}",
+    )
     mine = Renderer(tmp_path)
     assert mine.problems == ()
     message = render(opened(), renderer=mine)

@@ -28,9 +28,9 @@ from flyball.remediation.render import Audience, Renderer
 
 _log = structlog.get_logger(__name__)
 
-RETRY_S: Final = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 1800.0, *(3600.0,) * 22)
+RETRY_S: Final[tuple[float, ...]] = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 1800.0, *(3600.0,) * 22)
 """Waits between tries: quick while it may be a hiccup, then up to an hour; about a day in all."""
-FAILED_RETRY_S: Final = (30.0, 300.0)
+FAILED_RETRY_S: Final[tuple[float, ...]] = (30.0, 300.0)
 """Waits after the other side said no. It is tried again a little, because the no is often a proxy's in the middle of a roll-out."""
 JITTER: Final = 0.25
 
@@ -137,6 +137,7 @@ class Dispatcher:
         self._all = asyncio.Semaphore(self._settings.concurrency)
         self._of_channel = {name: asyncio.Semaphore(self._settings.per_channel) for name in notifiers}
         self._held_until: dict[str, float] = {}
+        self._refusals: Counter[str] = Counter()
         self._wake = asyncio.Event()
         self.counts: Counter[str] = Counter()
 
@@ -214,7 +215,8 @@ class Dispatcher:
         except (msgspec.DecodeError, msgspec.ValidationError) as e:
             await self._give_up(rows, f"the row cannot be read: {e}")
             return
-        async with self._all, self._of_channel[newest.channel]:
+        # The channel's own turn first: a slow channel's queue must not sit on the places that all share.
+        async with self._of_channel[newest.channel], self._all:
             await self._send(rows, changes, previous)
 
     async def _send(
@@ -265,6 +267,7 @@ class Dispatcher:
     async def _sent(self, rows: list[OutboxRow], receipt: Receipt, reason: str) -> None:
         newest = rows[-1]
         await self._store.done(newest.id, receipt)
+        self._refusals.pop(newest.id, None)
         self.counts["sent"] += 1
         _log.info(
             "notify.sent",
@@ -282,6 +285,7 @@ class Dispatcher:
 
     async def _give_up(self, rows: Sequence[OutboxRow], why: str) -> None:
         for row in rows:
+            self._refusals.pop(row.id, None)
             await self._store.dead(row.id, why)
             self.counts["dead"] += 1
             _log.error(
@@ -290,13 +294,16 @@ class Dispatcher:
 
     async def _failed(self, rows: list[OutboxRow], error: EffectError) -> None:
         newest = rows[-1]
-        permanent = isinstance(error, Failed)
-        waits = FAILED_RETRY_S if permanent else RETRY_S
-        if isinstance(error, (Gone, AddressRefused)) or newest.attempts >= len(waits):
+        waits, tried = RETRY_S, newest.attempts
+        if isinstance(error, Failed):
+            # Counted apart, in memory: a no after an hour's outage is a first no. A restart gives a few more tries, no fewer.
+            waits, tried = FAILED_RETRY_S, self._refusals[newest.id]
+            self._refusals[newest.id] += 1
+        if isinstance(error, (Gone, AddressRefused)) or tried >= len(waits):
             await self._give_up(rows, f"{error} (try {newest.attempts + 1})")
             return
         now = self._clock.now()
-        wait = waits[newest.attempts] * (1 + JITTER * self._rng.random())
+        wait = waits[tried] * (1 + JITTER * self._rng.random())
         if isinstance(error, NotAccepted) and error.retry_after_s is not None:
             wait = max(wait, error.retry_after_s)
             self._held_until[newest.channel] = now + error.retry_after_s

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import httpx
 import msgspec
-from pydantic import BaseModel
 
 from flyball.core.errors import Ambiguous, Failed, NotAccepted
 from flyball.core.incident import Incident, IncidentChange
@@ -94,12 +93,13 @@ class Notifier(Protocol):
 
     kind: the file's name and the word in the settings.
     wakes: whether it may wake a person; then it gets only incidents with `page`.
-    Params: what a person can set.
+
+    Beside what stands here, the class has a nested pydantic model `Params`, what a person can set (extra fields forbidden, secrets as
+    SecretStr), and is made with one: `Kind(params)`. The registry's test checks it.
     """
 
     kind: ClassVar[str]
     wakes: ClassVar[bool]
-    Params: ClassVar[type[BaseModel]]
 
     @classmethod
     def edits(cls, params: Any) -> bool:
