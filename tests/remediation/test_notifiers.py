@@ -429,21 +429,22 @@ def test_a_real_alertmanager_takes_our_alert_and_shows_it(tmp_path: Any) -> None
         url = f"http://127.0.0.1:{port}"
         try:
             async with guarded_client(LOOPBACK) as client:
-                await ready(client, f"{url}/-/ready")
+                await ready(client, f"{url}/-/ready", process)
                 now = json.loads((await client.get(f"{url}/api/v2/status")).content)["uptime"]
                 at = seconds_of(now)
-                incident = outage(since=at, at=at)
+                incident = outage(since=at - 60, at=at - 50)
                 am = alertmanager(url)
                 first = await am.send(client, delivery(opened(incident, at=at), "alertmanager", now=at + 1))
                 (shown,) = json.loads((await client.get(f"{url}/api/v2/alerts")).content)
                 assert shown["labels"]["incident"] == "INC-7QF3XK2P"
                 assert shown["annotations"]["summary"].startswith("SEV2 · anthropic")
                 assert shown["status"]["state"] in ("active", "unprocessed")
-                over = outage(since=at, at=at, state=State.RESOLVED, resolved_at=at + 1)
+                over = outage(since=at - 60, at=at - 50, state=State.RESOLVED, resolved_at=at)
                 await am.send(client, delivery(resolved(over), "alertmanager", now=at + 1, previous=first))
                 assert json.loads((await client.get(f"{url}/api/v2/alerts")).content) == []
         finally:
-            process.terminate()
+            if process.returncode is None:
+                process.terminate()
             await process.wait()
 
     asyncio.run(main())
@@ -457,8 +458,9 @@ async def free_port() -> int:
     return port
 
 
-async def ready(client: httpx.AsyncClient, url: str) -> None:
+async def ready(client: httpx.AsyncClient, url: str, process: asyncio.subprocess.Process) -> None:
     for _ in range(100):
+        assert process.returncode is None, f"alertmanager ended with {process.returncode} at its start"
         try:
             if (await client.get(url)).status_code == 200:
                 return
