@@ -138,7 +138,11 @@ class KeyMap:
         self.bits = self._bits()
         self.wire_codes = {key.encode(): code for key, code in self.codes.items()}
         self.constant = self._flags(range(_CONSTANT_FIELDS))
+        for key in label_keys:
+            self.constant[self.codes[key]] = True
         self.content = self._flags(range(_CONTENT_FIELDS, len(FIELDS)))
+        self.lazy = [c or (not self.constant[i] and b >> len(LABELS) > 0 and b & (1 << len(LABELS)) - 1 == 0) for i, (c, b) in enumerate(zip(self.content, self.bits, strict=True))]
+        """Slots whose values are left unread: content, and stand-ins, which are mostly not needed."""
         self._labels_of: dict[int, list[tuple[str, list[Source]]]] = {}
         self._fields_of: dict[int, list[tuple[int, list[int]]]] = {}
 

@@ -110,6 +110,8 @@ class Otlp:
         self._options = options or FormatOptions()
         self._keys = KeyMap(self._options.labels.otlp)
         self._hash = self._options.hasher()
+        self._codes = dict(self._keys.wire_codes)
+        self._constant = list(self._keys.constant)
         self._known: dict[bytes, tuple[int, Any, int]] = {}
         self._variety: dict[bytes, int] = {}
 
@@ -142,15 +144,15 @@ class Otlp:
         What an attribute with few different values reads as is remembered by its bytes; values in the usual layout
         (a short string, a number below 16,384) are read in line, since a call for each would cost a third more."""
         keys = self._keys
-        code_of, bits, constant, content = keys.wire_codes.get, keys.bits, keys.constant, keys.content
-        known, take, template = self._known.get, self._take, group.template
+        code_of, bits, constant, lazy = self._codes.get, keys.bits, self._constant, keys.lazy
+        known, take, template, short = self._known.get, self._take, group.template, _SHORT
         for span in spans:
             slots = template[:]
             touched = 0
             try:
                 for data in span.attributes:
                     size = len(data)
-                    if size < _SHORT:
+                    if size < short:
                         found = known(data)
                         if found is not None:
                             code, value, bit = found
@@ -160,40 +162,48 @@ class Otlp:
                     end = data[1] + 2
                     code = code_of(data[2:end])
                     if code is None:
-                        if size < _SHORT:
-                            self._learn(data, end, keys.unread, None)
+                        self._learn(data, end, keys.unread, None)
                         continue
-                    if content[code]:
-                        slots[code] = data  # read by a tool's step only
-                    else:
-                        kind, length = data[end + 2], data[end + 3]
-                        if kind == 0x0A and length < 0x80 and size == end + 4 + length:
-                            value = data[end + 4 :].decode()
-                        elif kind == 0x18 and length < 0x80:
+                    if code < 0:
+                        continue
+                    touched |= bits[code]
+                    if lazy[code]:
+                        slots[code] = data  # read when it turns out to be needed
+                        continue
+                    kind, length = data[end + 2], data[end + 3]
+                    if kind == 0x18:
+                        if length < 0x80:
                             value = length
-                        elif kind == 0x18 and data[end + 4] < 0x80:
+                        elif data[end + 4] < 0x80:
                             value = length & 0x7F | data[end + 4] << 7
                         else:
                             value = wire.value_in(data, end)
-                        slots[code] = value
-                        if constant[code]:
-                            self._learn(data, end, code, value)
-                    touched |= bits[code]
+                    elif kind == 0x0A and length < 0x80 and size == end + 4 + length:
+                        value = data[end + 4 :].decode()
+                    else:
+                        value = wire.value_in(data, end)
+                    slots[code] = value
+                    if constant[code]:
+                        self._learn(data, end, code, value)
+                if touched > _LABEL_BITS:
+                    self._stand_in(slots, touched)
             except (wire.WireError, IndexError, UnicodeDecodeError):
                 self._wire_span_carefully(span, group, out)
                 continue
-            if touched:
-                self._stand_in(slots, touched)
             take(span, slots, touched, group, out)
 
     def _learn(self, data: bytes, end: int, code: int, value: Any) -> None:
-        """Remembers what an attribute reads as, or that it is skipped: short ones, some values a name."""
-        if len(data) < _SHORT:
-            name = data[2:end]
-            count = self._variety.get(name, 0)
-            if count < _VARIETY and len(self._known) < _KNOWN:
-                self._variety[name] = count + 1
-                self._known[data] = (code, value, self._keys.bits[code])
+        """Remembers what an attribute reads as, or that it is skipped: short ones, some values a name. A name with more
+        values than that is looked up by name from then on."""
+        name = data[2:end]
+        count = self._variety.get(name, 0)
+        if len(data) < _SHORT and count < _VARIETY and len(self._known) < _KNOWN:
+            self._variety[name] = count + 1
+            self._known[data] = (code, value, self._keys.bits[code])
+        elif code != self._keys.unread:
+            self._constant[code] = False
+        elif len(self._codes) < _KNOWN:
+            self._codes[name] = -1
 
     def _wire_span_carefully(self, span: Any, group: _Group, out: _Body) -> None:
         """A span with an attribute in an unusual layout, or damaged."""
@@ -215,7 +225,7 @@ class Otlp:
             # Bytes in a slot are an attribute not read yet: a value of bytes goes in as text.
             slots[code] = value.hex() if value.__class__ is bytes else value
             touched |= self._keys.bits[code]
-        if touched:
+        if touched > _LABEL_BITS:
             self._stand_in(slots, touched)
         self._take(span, slots, touched, group, out)
 
@@ -279,14 +289,13 @@ class Otlp:
     def _stand_in(self, slots: list[Any], touched: int) -> None:
         """Older and foreign names fill the slots that the modern name left empty, the preferred one first."""
         for field, stand_ins in self._keys.fields_of(touched):
-            present = slots[field]
-            if present is not None and (field != _PROVIDER or provider_name(_text(present))):
-                continue
-            for slot in stand_ins:
-                value = slots[slot]
-                if value is not None and (field != _PROVIDER or provider_name(_text(value))):
-                    slots[field] = value
-                    break
+            if slots[field] is None:
+                for slot in stand_ins:
+                    value = slots[slot]
+                    if value is not None:
+                        unread = value.__class__ is bytes and not self._keys.content[slot]
+                        slots[field] = wire.value_in(value, value[1] + 2) if unread else value
+                        break
 
     def _labels(self, slots: list[Any], touched: int, base: Labels) -> Labels:
         """The labels, of which only those are looked up anew that an attribute of the span has a say in."""
@@ -319,7 +328,7 @@ class Otlp:
                 out.plain.append((span.span_id, span.parent_span_id, group.read.hex))
             return
         try:
-            labels = self._labels(slots, touched, group.labels) if touched else group.labels
+            labels = self._labels(slots, touched & _LABEL_BITS, group.labels) if touched & _LABEL_BITS else group.labels
             if kind == "call":
                 out.events.append(self._call(span, slots, operation, labels, group))
             else:
@@ -339,7 +348,9 @@ class Otlp:
             trace, own, parent = trace[:64], own[:64], parent[:64]  # no ids of OTLP's
         provider = slots[_PROVIDER]
         if provider is not None:
-            provider = _providers.get(provider) or provider_name(_text(provider))
+            provider = _providers.get(provider) if provider.__class__ is str else ""
+            if not provider:
+                provider = self._provider(slots)
         model, served = slots[_MODEL], slots[_SERVED]
         model = model if model.__class__ is str else ""
         served = served if served.__class__ is str else ""
@@ -416,6 +427,17 @@ class Otlp:
         if value is not None:
             told["retries"] = _count(value, "retries")
         return LlmCall(**told)
+
+    def _provider(self, slots: list[Any]) -> str:
+        """The first name that says anything: frameworks put their own (`langchain`) where the provider's should be."""
+        for slot in (_PROVIDER, *self._keys.stand_ins[_PROVIDER]):
+            value = slots[slot]
+            if value.__class__ is bytes:
+                value = wire.value_in(value, value[1] + 2)
+            name = provider_name(_text(value))
+            if name:
+                return name
+        return ""
 
     def _error(self, span: Any, slots: list[Any], provider: str, read: Any) -> tuple[str, str]:
         """Class and code; both empty when the call went well.
