@@ -338,3 +338,28 @@ def test_over_the_bound_of_open_incidents_anomalies_are_counted() -> None:
     )
     assert len(lab.open) == 3
     assert lab.correlator.dropped == {"max_open": 2}
+
+
+def test_streak_of_failures_in_a_run_pages_only_when_it_lasts() -> None:
+    lab = Lab()
+    a = anomaly("agent.loop", {"run": "r1", "agent": "coder"}, T0, klass="failing")
+    lab.step(None, a)
+    assert (lab.only().severity, lab.only().page) == (Severity.MEDIUM, False)
+    for _ in range(12):
+        lab.step(None, lab.again(a))
+    assert lab.paged == [lab.only().id]
+
+
+def test_aftermath_neither_holds_an_incident_open_nor_reopens_it() -> None:
+    lab = Lab()
+    a, incident = outage(lab)
+    retries = lab.on("llm.retries", "retry_storm", app="bot", provider="b")
+    lab.step(ILL, lab.again(a), retries)
+    lab.step(None, lab.again(a, "off"), lab.again(retries))
+    for _ in range(13):
+        lab.step(None, lab.again(retries))
+    assert lab.open == []
+    lab.step(None, lab.again(retries))
+    lab.step(None, lab.on("llm.retries", "retry_storm", app="bot", provider="b"))
+    assert lab.open == []
+    assert lab.opened == [incident.id]

@@ -290,7 +290,7 @@ class Correlator:
         if a.phase == "off":
             case.ignored.pop(a.id, None)
         if member is not None:
-            member.anomaly = msgspec.structs.replace(a, since=min(a.since, member.anomaly.since))
+            member.anomaly = _last_word(member.anomaly, a)
             member.on = a.phase != "off"
         if case.incident.state is not State.RESOLVED:
             touched.setdefault(case.incident.id, False)
@@ -1031,6 +1031,15 @@ class _State(msgspec.Struct):
 
 def _carries(labels: tuple[str, ...], scope: Mapping[str, str]) -> bool:
     return all(labels[LABEL_POSITION[k]] == v for k, v in scope.items())
+
+
+def _last_word(old: Anomaly, a: Anomaly) -> Anomaly:
+    """The newest statement; but an end keeps the figures of the trouble, which is what people ask about."""
+    since = min(a.since, old.since)
+    if a.phase != "off":
+        return msgspec.structs.replace(a, since=since)
+    why = {k: a.evidence[k] for k in ("why", "over") if k in a.evidence}
+    return msgspec.structs.replace(old, at=a.at, since=since, phase="off", evidence={**old.evidence, **why})
 
 
 def _is_egress(case: Case) -> bool:

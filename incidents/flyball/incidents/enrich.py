@@ -175,11 +175,13 @@ def run_velocity(case: Case, graph: Graph) -> float:
 def title_of(case: Case) -> str:
     """What broke, for whom, since when: `anthropic: 61 % of calls fail (overloaded) since 02:14`."""
     root, lead = case.incident.root, case.lead
-    since = clock(case.incident.since)
-    if root == Entity("stream", EGRESS):
-        return f"all providers fail together ({lead.klass or 'errors'}) since {since}: suspect our own egress, DNS or release"
-    over = case.incident.resolved_at
+    since, over = clock(case.incident.since), case.incident.resolved_at
     span = f"since {since}" if over is None else f"from {since} to {clock(case.quiet_since or over)}"
+    if root == Entity("stream", EGRESS):
+        what = (
+            f"all providers {'fail' if over is None else 'failed'} together ({name(lead.klass) or 'errors'})"
+        )
+        return f"{what} {span}: suspect our own egress, DNS or release"
     return f"{_who(case)}: {_what(case, lead)} {span}"
 
 
@@ -196,9 +198,7 @@ def _who(case: Case) -> str:
 
 def _what(case: Case, lead: Anomaly) -> str:
     group = case.group
-    times = (
-        case.factor if case.factor > 1.0 else (lead.observed / lead.expected if lead.expected > 0 else 0.0)
-    )
+    times = max(case.factor, lead.observed / lead.expected if lead.expected > 0 else 0.0)
     if group == "errors":
         t = case.tally
         mean = t.failed / t.calls if t.calls else min(max(lead.observed, 0.0), 1.0)

@@ -37,6 +37,8 @@ class SeveritySettings(BaseModel):
     """Calls against the expected number of calls."""
     loop_usd_per_min_high: float = Field(0.0, ge=0)
     """A confirmed loop at this velocity or above is HIGH; 0 means that every confirmed loop pages."""
+    weak_loop_s: float = Field(120.0, ge=0)
+    """How long a streak of failures or of no progress must last before it pages; repeats and cycles page at once."""
     spend_usd_per_min_high: float = Field(1.0, ge=0)
     """For runs that spend much, fan out or grow without looping."""
     gpu_impact_high: float = Field(0.5, ge=0, le=1)

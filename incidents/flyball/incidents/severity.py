@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from flyball.core.anomaly import Anomaly
 from flyball.core.incident import Severity
 from flyball.incidents.case import Case
@@ -10,6 +12,9 @@ from flyball.incidents.signals import EGRESS, group_of
 from flyball.incidents.text import count, factor, percent, usd
 
 Verdict = tuple[Severity, str]
+
+_WEAK_LOOPS: Final = frozenset({"failing", "no_progress"})
+"""Patterns that good runs show for a while: a test that fails until the fix is right."""
 
 
 def judge(case: Case, settings: SeveritySettings, run_usd_per_min: float) -> Verdict:
@@ -134,6 +139,12 @@ def _agent(a: Anomaly, s: SeveritySettings, velocity: float) -> Verdict:
     told = a.evidence.get("usd_per_min")
     velocity = max(velocity, float(told) if isinstance(told, int | float) else 0.0)
     if a.signal == "agent.loop":
+        lasted_s = a.at - a.since
+        if a.klass in _WEAK_LOOPS and lasted_s < s.weak_loop_s and velocity < s.spend_usd_per_min_high:
+            return (
+                Severity.MEDIUM,
+                f"{a.klass} for {lasted_s:.0f} s (high from {s.weak_loop_s:.0f} s): it may yet recover",
+            )
         if velocity >= s.loop_usd_per_min_high:
             return (
                 Severity.HIGH,
