@@ -25,8 +25,9 @@ from rich.text import Text
 from flyball.app.clock import SystemClock, monotonic
 from flyball.app.embedded import Embedded
 from flyball.app.http.server import create_app
+from flyball.app.logs import configure_logging
 from flyball.app.pipeline import Pipeline
-from flyball.app.serve import Background, configure_logging
+from flyball.app.serve import Background
 from flyball.app.settings import Settings, load
 from flyball.app.wiring import database_path, hash_key, make_formats, pipeline_config
 from flyball.core.directives import Directive

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,6 +16,7 @@ import uvicorn
 from flyball.app.clock import SystemClock, monotonic
 from flyball.app.embedded import Embedded, Limits, Overloaded, Retention
 from flyball.app.http.server import create_app
+from flyball.app.logs import configure_logging
 from flyball.app.notify import AlertRouter, notifications
 from flyball.app.scrape import scrapes
 from flyball.app.settings import Settings
@@ -25,21 +25,6 @@ from flyball.app.wiring import database_path, hash_key, make_formats, make_pipel
 _TICK_S: Final = 1.0
 _TRIM_S: Final = 60.0
 _log = structlog.get_logger(__name__)
-
-
-def configure_logging(*, quiet: bool = False) -> None:
-    """Logs to standard error: readable on a terminal, JSON elsewhere."""
-    renderer = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR if quiet else logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 def make_runtime(settings: Settings) -> Embedded:

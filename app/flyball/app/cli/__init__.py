@@ -11,6 +11,7 @@ from typer.exceptions import TyperException
 
 from flyball.app.cli import lab, look, replay, run, setup
 from flyball.app.cli._common import Unreachable
+from flyball.app.logs import configure_logging
 from flyball.core.errors import FlyballError
 
 FIVE_THINGS = """Flyball: the governor for AI in production.
@@ -57,6 +58,7 @@ lab.add_to(app)
 
 def main() -> None:
     """Entry point of the `flyball` command."""
+    configure_logging()
     sys.exit(_run())
 
 
