@@ -135,15 +135,22 @@ def took_s(pipeline: Pipeline, made: Sequence[bytes]) -> float:
 def in_turns(
     pipelines: Sequence[Pipeline], traffics: Sequence[Sequence[bytes]], windows: int
 ) -> list[list[float]]:
-    """CPU seconds of each pipeline per whole window, after one window to warm up; the pipelines take turns second by second."""
-    spent: list[list[float]] = []
-    for window in range(windows + 1):
+    """CPU seconds of each pipeline per whole window; the pipelines take turns second by second.
+
+    Before that they warm up, until the first window has closed: then every series is new.
+    """
+    spent = []
+    first = _PASSES_A_WINDOW + 3
+    for second in range(first):
+        for pipeline, made in zip(pipelines, traffics, strict=True):
+            pipeline(later(made, second))
+    for window in range(windows):
         sums = [0.0] * len(pipelines)
-        for second in range(window * _PASSES_A_WINDOW, (window + 1) * _PASSES_A_WINDOW):
+        begin = first + window * _PASSES_A_WINDOW
+        for second in range(begin, begin + _PASSES_A_WINDOW):
             for i, (pipeline, made) in enumerate(zip(pipelines, traffics, strict=True)):
                 sums[i] += took_s(pipeline, later(made, second))
-        if window:
-            spent.append(sums)
+        spent.append(sums)
     return spent
 
 
@@ -233,7 +240,7 @@ def memory() -> Iterator[Row]:
     yield row("restoring 100,000 cells", time.process_time() - begun, "s")
 
 
-def run(detectors: Sequence[WindowDetector] | None = None, windows: int = 3) -> list[Row]:
+def run(detectors: Sequence[WindowDetector] | None = None, windows: int = 2) -> list[Row]:
     """All rows; `windows` windows of a million calls each are measured. About a minute."""
     chosen = window_detectors() if detectors is None else detectors
     return [*speed(chosen, windows), *flatness(windows), *memory()]
