@@ -1,6 +1,6 @@
 """The embedded runtime on a script of records in virtual time: what `kill -9` tests kill and start again.
 
-    python -m tests.app.crash_child DATABASE SCRIPT
+    python -m tests.app.crash_child DATABASE SCRIPT SNAPSHOT_EVERY_S
 
 The script is a list of steps, each one record of the log: a batch that arrived, or a tick of the clock. How far an earlier life came is
 read off the log itself, as the sender of an acknowledged batch would know it. After each commit the position goes to standard output.
@@ -14,12 +14,16 @@ from pathlib import Path
 import msgspec
 
 from flyball.app.embedded import Embedded
+from flyball.app.logs import configure_logging
 from flyball.app.notify import AlertRouter
+from flyball.app.pipeline import Pipeline
 from flyball.app.settings import Settings
-from flyball.app.wiring import make_pipeline
+from flyball.app.wiring import pipeline_config
 from flyball.core.codec import decode_events, encode_events
 from flyball.core.events import Event
+from flyball.remediation import actions
 from flyball.remediation.notifiers import NotifySettings
+from flyball.runbooks.loader import load_runbooks
 
 
 class Step(msgspec.Struct):
@@ -49,16 +53,22 @@ def settings() -> Settings:
         {
             "kind": "webhook",
             "url": "https://alerts.example.com/flyball",
-            "secret": "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+            "secrets": ["whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"],
         }
     ]
     return Settings(mode="auto", notify=NotifySettings.model_validate({"channels": channels}))
 
 
+def pipeline() -> Pipeline:
+    """As shipped, but the failover may act."""
+    runbooks = load_runbooks([], actions=actions.registry(), mode_override={"provider-failover": "auto"})
+    return Pipeline(pipeline_config(settings(), runbooks=runbooks))
+
+
 def build(database: Path, clock: ScriptClock, snapshot_every_s: float = 20.0) -> Embedded:
     configured = settings()
     return Embedded(
-        lambda: make_pipeline(configured),
+        pipeline,
         database,
         clock,
         alerts=AlertRouter(configured.notify),
@@ -82,10 +92,11 @@ def play(runtime: Embedded, clock: ScriptClock, steps: list[Step], after: int, *
 
 
 def main() -> None:
+    configure_logging()  # to standard error: standard output is for positions
     database, script = Path(sys.argv[1]), Path(sys.argv[2])
     steps = msgspec.msgpack.decode(script.read_bytes(), type=list[Step])
     clock = ScriptClock()
-    runtime = build(database, clock)
+    runtime = build(database, clock, float(sys.argv[3]))
     runtime.start()
     play(runtime, clock, steps, runtime.appended, speak=True)
     if not runtime.stop(60):

@@ -17,21 +17,28 @@ from flyball.app.store.sqlite import open_reader
 from flyball.lab.estate import default_estate
 from flyball.lab.faults import ProviderOutage
 from flyball.lab.sim import START_AT, Simulator
-from tests.app.crash_child import ScriptClock, Step, build, play
+from tests.app.crash_child import ScriptClock, Step, build, pipeline, play
 
 ROOT = Path(__file__).parents[2]
 
 
-def script(seconds: int = 240) -> list[Step]:
-    """An outage in lab traffic, with ticks: some hundred records that open, act on and resolve an incident."""
-    simulator = Simulator(default_estate(rate=20.0), seed=7)
-    simulator.add_fault(ProviderOutage("a", START_AT + 60, START_AT + 150, 0.9))
+def script(seconds: int = 420) -> list[Step]:
+    """An outage in lab traffic, with ticks: some hundred records that open, act on and resolve an incident.
+
+    A pipeline beside it says what the traffic's gateways obey, so that the redirect shows.
+    """
+    simulator = Simulator(default_estate(rate=10.0), seed=7)
+    governor = pipeline()
+    simulator.add_fault(ProviderOutage("a", 0.9, START_AT + 60, START_AT + 150))
     steps = []
     for second in range(1, seconds + 1):
         now = START_AT + second
         for batch in simulator.step(now):
             steps.append(Step.of(batch.received_at or now, batch.sender, list(batch.events)))
+            governor.feed(batch)
         steps.append(Step(now))
+        governor.tick(now)
+        simulator.set_directives(governor.directives())
     return steps
 
 
@@ -68,11 +75,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Step], dict[st
     return steps, contents(folder / "db"), path
 
 
-def killed_and_restarted(database: Path, script_path: Path, kills: list[int]) -> None:
-    """Runs the child, killing it once after each of the given positions was acknowledged; the last life runs to the end."""
+def killed_and_restarted(database: Path, script_path: Path, kills: list[int], seed: int) -> None:
+    """Runs the child, killing it once after each of the given positions was acknowledged; the last life runs to the end.
+
+    How often it takes snapshots differs from life to life: it must not show.
+    """
+    chance = random.Random(seed)
     for kill_at in [*kills, None]:
+        every_s = str(chance.choice((0.5, 5.0, 20.0, 1e9)))
         child = subprocess.Popen(
-            [sys.executable, "-m", "tests.app.crash_child", str(database), str(script_path)],
+            [sys.executable, "-m", "tests.app.crash_child", str(database), str(script_path), every_s],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert child.stdout is not None
@@ -105,7 +117,7 @@ def test_five_kills_at_random_points_change_nothing(
 ) -> None:
     steps, expected, path = whole
     kills = sorted(random.Random(5).sample(range(1, len(steps)), 5))
-    killed_and_restarted(tmp_path / "db", path, kills)
+    killed_and_restarted(tmp_path / "db", path, kills, 5)
     assert differences(contents(tmp_path / "db"), expected) == []
 
 
@@ -117,5 +129,5 @@ def test_ten_times_ten_kills_at_random_points_change_nothing(
 ) -> None:
     steps, expected, path = whole
     kills = sorted(random.Random(1000 + seed).sample(range(1, len(steps)), 10))
-    killed_and_restarted(tmp_path / "db", path, kills)
+    killed_and_restarted(tmp_path / "db", path, kills, seed)
     assert differences(contents(tmp_path / "db"), expected) == []

@@ -22,6 +22,7 @@ class DirectiveBoard:
         self._lock = threading.Lock()
         self._live: dict[str, Directive] = {}
         self._waiters: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
+        self._closed = False
 
     def put(self, directives: Iterable[Directive]) -> None:
         with self._lock:
@@ -53,7 +54,7 @@ class DirectiveBoard:
         self._waiters.add(waiter)
         try:
             found = self.read()
-            if found[0] != etag or wait_s <= 0:
+            if found[0] != etag or wait_s <= 0 or self._closed:
                 return found
             # An expiry is a change too, and nobody announces it.
             first = min((d.expires_at for d in found[1]), default=float("inf")) - self._clock.now()
@@ -63,6 +64,12 @@ class DirectiveBoard:
         finally:
             self._waiters.discard(waiter)
 
+    def close(self) -> None:
+        """Ends every wait, and lets none begin: the process is stopping."""
+        self._closed = True
+        self._wake()
+
     def _wake(self) -> None:
         for loop, event in list(self._waiters):
-            loop.call_soon_threadsafe(event.set)
+            with contextlib.suppress(RuntimeError):  # that loop is closed: nobody waits there any more
+                loop.call_soon_threadsafe(event.set)

@@ -1,61 +1,47 @@
 """The embedded runtime: one process, one SQLite file, exact after `kill -9`.
 
-Two threads. The *writer* owns the only connection that writes: it appends what ingest hands it, acknowledges after the commit, and
-stores what the stages conclude. The *stages* thread reads the log in order (from memory while it keeps up, else from disk) and feeds
-the pipeline. Everything that influences the pipeline is a record of the log: events, ticks of the clock, people's commands, reports of
-enforcement points. So a restart restores the last snapshot, re-reads the log up to the stored position without saying anything, and goes
-on from there: nothing is lost, nothing is said twice.
+Two threads. The *writer* (`writer.py`) owns the only connection that writes: it appends what ingest hands it, acknowledges after the
+commit, and stores what the stages conclude. The *stages* thread reads the log in order (`backlog.py`: from memory while it keeps up, else
+from disk) and feeds the pipeline. Everything that influences the pipeline is a record of the log: events, ticks of the clock, people's
+commands, reports of enforcement points. So a restart restores the last snapshot, re-reads the log up to the stored position without saying
+anything, and goes on from there: nothing is lost, nothing is said twice.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-import msgspec
 import structlog
 from sqlalchemy import Connection
 
+from flyball.app.backlog import Backlog
 from flyball.app.board import DirectiveBoard
-from flyball.app.pipeline import Pipeline
+from flyball.app.pipeline import Counters, Pipeline
+from flyball.app.records import Append, Command, Record, Work, record_of
 from flyball.app.store import store
+from flyball.app.store.lock import FolderLock
 from flyball.app.store.sqlite import open_reader, open_writer
-from flyball.app.store.store import Commit, DeadLetter, LogRow, OutboxRow, entry_of
-from flyball.core.codec import SnapshotError, decode_events, encode_events
+from flyball.app.store.store import Commit, DeadLetter, OutboxRow, entry_of
+from flyball.app.writer import Limits, Overloaded, Retention, Stopped, Stored, Writer, encode
+from flyball.core.codec import SnapshotError, encode_events
 from flyball.core.directives import Enforced
-from flyball.core.errors import ConfigError, FlyballError
+from flyball.core.errors import ConfigError
 from flyball.core.estate import Emissions
 from flyball.core.events import Batch, Event
 from flyball.core.incident import IncidentChange
 from flyball.core.ports import Clock
 
+__all__ = ["Command", "Embedded", "Figures", "Limits", "NoAlerts", "Overloaded", "Retention", "Stopped"]
+
 _log = structlog.get_logger(__name__)
 _STAGE_EVENTS: Final = 20_000
 """Events a micro-batch takes at most: some 50 ms of work, so that commits and stops are never far."""
-
-
-class Overloaded(FlyballError):
-    """Memory or disk budget is spent; the sender should come back in `retry_after_s`."""
-
-    def __init__(self, what: str, retry_after_s: float) -> None:
-        self.retry_after_s = retry_after_s
-        super().__init__(what)
-
-
-class Command(msgspec.Struct, frozen=True):
-    """A person's word about an incident, as a record of the log."""
-
-    kind: str
-    incident: str
-    by: str
-    at: float
-    until: float | None = None
 
 
 class Alerts(Protocol):
@@ -74,38 +60,6 @@ class NoAlerts:
 
     def __call__(self, change: IncidentChange) -> list[OutboxRow]:
         return []
-
-
-@dataclass(slots=True)
-class Append:
-    """One record on its way into the log."""
-
-    kind: str
-    sender: str
-    received_at: float
-    body: bytes
-    payload: Any = None
-    n: int = 0
-    format: str = ""
-    dead: Sequence[DeadLetter] = ()
-    done: Future[int] = field(default_factory=Future)
-
-
-@dataclass(slots=True)
-class Work:
-    """Something to do on the writer's connection, in the transaction of whatever else is due."""
-
-    run: Callable[[Connection], object]
-    done: Future[None] = field(default_factory=Future)
-
-
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    position: int
-    payload: Any
-    n: int
-    size: int
-    received_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,30 +81,18 @@ class Figures:
         return cls(totals, dict(p.stage_seconds), stats.skew_s, p.waiting())
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    pending_bytes: int = 256 << 20
-    backlog_bytes: int = 4 << 30
-    memory_events: int = 200_000
-
-
-@dataclass(frozen=True, slots=True)
-class Retention:
-    log_s: float = 86_400.0
-    log_bytes: int = 4 << 30
-    dead_letters_s: float = 86_400.0
-
-
 class Embedded:
     """Hosts a pipeline on a log in SQLite.
 
     Args:
-        make_pipeline: called once at start; the pipeline is fed by the stages thread alone.
-        path: of the database file.
+        make_pipeline: called at start; the pipeline is fed by the stages thread alone.
+        path: of the database file. Its folder is locked for this process until `stop`.
         clock: wall time.
         alerts: turns an incident's change into rows of the outbox.
         listener: hears what each record led to, on the stages thread, before it is stored; for watching, not for acting.
         snapshot_every_s: seconds between snapshots; a restart re-reads at most that much of the log.
+
+    Raises: ConfigError when the folder cannot be written, is in use, or holds another schema.
     """
 
     def __init__(
@@ -169,30 +111,35 @@ class Embedded:
         self.path = path
         self.clock = clock
         self.board = DirectiveBoard(clock)
+        self._make_pipeline = make_pipeline
         self.pipeline = make_pipeline()
         self._figures = Figures.of(self.pipeline)
         self._alerts = alerts or NoAlerts()
         self._listener = listener
         self._limits = limits or Limits()
-        self._retention = retention or Retention()
         self._snapshot_every_s = snapshot_every_s
-        self._writer_engine = open_writer(path, synchronous)
+        self._lock = FolderLock(path.parent)
+        try:
+            self._writer_engine = open_writer(path, synchronous)
+        except ConfigError:
+            self._lock.release()
+            raise
         self.reader = open_reader(path)
-        self._jobs: queue.SimpleQueue[Append | Commit | Work | None] = queue.SimpleQueue()
-        self._pending_bytes = 0
-        self._pending_lock = threading.Lock()
-        self._ready: deque[_Ready] = deque()
-        self._ready_events = 0
-        self._news = threading.Condition()
-        self._stopping = False
+        with self.reader.connect() as c:
+            self._position = store.position(c)
+            appended = store.last_log_id(c)
+            unread = store.backlog_bytes(c, self._position)
+            totals = store.edge(c)
+        self._backlog = Backlog(self.reader, self._position, appended, unread, self._limits.memory_events)
+        self._writer = Writer(
+            self._writer_engine, appended, totals, retention or Retention(), self._after_commit
+        )
+        self._moved = threading.Condition()
         self._failure: BaseException | None = None
-        self.rejected: Counter[str] = Counter()
-        self.received: Counter[str] = Counter()
-        self._position = 0
-        self._appended = 0
         self._snapshot_at = 0.0
-        self._backlog_bytes = 0
         self._threads: list[threading.Thread] = []
+        self.on_failure: Callable[[], None] = lambda: None
+        """Called once, on the thread that failed."""
         self.ready = False
 
     # --- life -----------------------------------------------------------------------------------------------------
@@ -200,24 +147,14 @@ class Embedded:
     def start(self) -> None:
         """Recovers, then starts both threads. Returns once new events are taken."""
         with self.reader.connect() as c:
-            self._position = store.position(c)
-            self._appended = store.last_log_id(c)
-            self._backlog_bytes = store.backlog_bytes(c, self._position)
-            edge = store.edge(c)
-            saved = store.newest_snapshot(c)
             self._alerts.told = store.channels_told(c)
-        self.rejected, self.received = Counter(edge["rejected"]), Counter(edge["received"])
-        self._recover(saved)
+        self._recover()
         self._figures = Figures.of(self.pipeline)
         self.board.put(self.pipeline.directives())
         self._snapshot_at = self.clock.now()
-        self._threads = [
-            threading.Thread(target=self._guard, args=(self._write,), name="flyball-writer", daemon=True),
-            threading.Thread(
-                target=self._guard, args=(self._run_stages,), name="flyball-stages", daemon=True
-            ),
-        ]
-        for thread in self._threads:
+        for name, work in (("flyball-stages", self._run_stages), ("flyball-writer", self._writer.run)):
+            thread = threading.Thread(target=self._guard, args=(work,), name=name, daemon=True)
+            self._threads.append(thread)
             thread.start()
         self.ready = True
 
@@ -227,22 +164,39 @@ class Embedded:
         What was not finished by then is not lost: it is in the log, and the next start reads it.
         """
         self.ready = False
-        with self._news:
-            self._stopping = True
-            self._news.notify_all()
-        stages, writer = self._threads[1], self._threads[0]
-        stages.join(timeout_s)
-        self._jobs.put(None)
-        writer.join(timeout_s)
-        drained = not stages.is_alive() and not writer.is_alive()
+        self.board.close()
+        drained = True
+        self._backlog.close()
+        if self._threads:
+            stages, writer = self._threads
+            stages.join(timeout_s)
+            drained = not stages.is_alive()
+            self._backlog.close(give_up=True)
+            stages.join(timeout_s)
+            self._writer.close()
+            writer.join(timeout_s)
+            drained = drained and not writer.is_alive() and self._failure is None
         self.reader.dispose()
         self._writer_engine.dispose()
+        self._lock.release()
         return drained
 
     @property
     def failure(self) -> BaseException | None:
         """What ended a thread, if anything did; the process should then end too, and be restarted."""
         return self._failure
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as e:  # noqa: BLE001 - whatever ended a thread ends the process, and is told
+            self.ready = False
+            if self._failure is None or isinstance(self._failure, Stopped):
+                self._failure = e
+                _log.exception("runtime.stopped", thread=threading.current_thread().name)
+            self.on_failure()
+            with self._moved:
+                self._moved.notify_all()
 
     # --- in -------------------------------------------------------------------------------------------------------
 
@@ -255,16 +209,19 @@ class Embedded:
         format: str = "native",
         dead: Sequence[DeadLetter] = (),
         patient: bool = True,
+        body: bytes | None = None,
     ) -> Future[int]:
         """Appends what one body held. The future resolves to its position after the commit.
 
         Args:
             patient: False for senders that lose what they cannot send at once; they are turned away last.
+            body: `encode_events(events)`, where the caller has it already.
 
-        Raises: Overloaded when the memory or disk budget is spent.
+        Raises: Overloaded when the memory or disk budget is spent; Stopped.
         """
-        body = encode_events(events)
-        self._admit(len(body), patient)
+        if body is None:
+            body = encode_events(events)
+        self.admit(len(body), patient)
         batch = Batch(events=events, sender=sender, received_at=received_at)
         return self._append(Append("events", sender, received_at, body, batch, len(events), format, dead))
 
@@ -273,175 +230,74 @@ class Embedded:
         return self._append(Append("tick", "", now, b"", now))
 
     def command(self, command: Command) -> Future[int]:
-        return self._append(
-            Append("command", command.by, command.at, msgspec.msgpack.encode(command), command)
-        )
+        return self._append(Append("command", command.by, command.at, encode(command), command))
 
     def enforced(self, report: Enforced) -> Future[int]:
-        return self._append(
-            Append("enforced", report.point, report.at, msgspec.msgpack.encode(report), report)
-        )
+        return self._append(Append("enforced", report.point, report.at, encode(report), report))
 
     def write(self, work: Callable[[Connection], object]) -> Future[None]:
-        """Runs `work` on the writer's connection with the next commit: outbox receipts and the like."""
+        """Runs `work` on the writer's connection with the next commit: outbox receipts and the like. Raises: Stopped."""
         job = Work(work)
-        self._jobs.put(job)
+        self._writer.put(job)
         return job.done
 
     def trim(self) -> None:
-        now, r = self.clock.now(), self._retention
-        self.write(
-            lambda c: store.trim(
-                c,
-                log_before=now - r.log_s,
-                log_bytes=r.log_bytes,
-                dead_before=now - r.dead_letters_s,
-                limit=5000,
-            )
-        )
+        """Removes what retention lets go of; in the background, a little at a time."""
+        self._writer.trim(self.clock.now())
 
-    def _append(self, record: Append) -> Future[int]:
-        if self._failure is not None:
-            raise FlyballError(f"the runtime has stopped: {self._failure}") from self._failure
-        with self._pending_lock:
-            self._pending_bytes += len(record.body)
-        self._jobs.put(record)
-        return record.done
-
-    def _admit(self, size: int, patient: bool) -> None:
+    def admit(self, size: int, patient: bool = True) -> None:
+        """Whether `size` more bytes may come in. Raises: Overloaded."""
         factor = 1 if patient else 2
-        if self._pending_bytes + size > self._limits.pending_bytes * factor:
+        if self._writer.pending_bytes + size > self._limits.pending_bytes * factor:
             raise Overloaded("memory for waiting bodies is spent", 1.0)
-        if self._backlog_bytes + size > self._limits.backlog_bytes * factor:
+        if self._backlog.size + size > self._limits.backlog_bytes * factor:
             raise Overloaded("disk for unread events is spent", 10.0)
 
-    # --- the writer -----------------------------------------------------------------------------------------------
+    def hold(self, size: int) -> None:
+        """Counts bytes of a body that is being read against the memory budget; the same with a minus when it was handed over."""
+        self._writer.hold(size)
 
-    def _write(self) -> None:
-        with self._writer_engine.connect() as connection:
-            while True:
-                jobs = [self._jobs.get()]
-                while len(jobs) < 1024:
-                    try:
-                        jobs.append(self._jobs.get_nowait())
-                    except queue.Empty:
-                        break
-                wanted = [j for j in jobs if j is not None]
-                if wanted:
-                    self._store(connection, wanted)
-                if len(wanted) < len(jobs):
-                    return
+    def _append(self, record: Append) -> Future[int]:
+        self._writer.put(record)
+        return record.done
 
-    def _store(self, connection: Connection, jobs: Sequence[Append | Commit | Work]) -> None:
-        """One transaction for all jobs; only afterwards is anything acknowledged, shown or handed to the stages."""
-        appends = [j for j in jobs if isinstance(j, Append)]
-        dead = [d for a in appends for d in a.dead]
-        rows = []
-        for offset, a in enumerate(appends, self._appended + 1):
-            rows.append(LogRow(offset, a.kind, a.received_at, a.sender, a.n, a.body))
-            if a.kind == "events":
-                self.received[a.format] += a.n
-        for d in dead:
-            self.rejected[d.reason] += d.n
-        with connection.begin():
-            if rows:
-                store.append_log(connection, rows)
-            if dead:
-                store.append_dead_letters(connection, dead)
-            if rows or dead:
-                edge = {"rejected": dict(self.rejected), "received": dict(self.received)}
-                store.put_meta(connection, "edge", msgspec.json.encode(edge).decode())
-            for job in jobs:
-                if isinstance(job, Commit):
-                    store.apply_commit(connection, job)
-                elif isinstance(job, Work):
-                    job.run(connection)
-        self._after_commit(appends, rows, [j for j in jobs if isinstance(j, Commit)])
-        for job in jobs:
-            if isinstance(job, Work):
-                job.done.set_result(None)
-
-    def _after_commit(
-        self, appends: Sequence[Append], rows: Sequence[LogRow], commits: Sequence[Commit]
-    ) -> None:
-        size = sum(len(r.body) for r in rows)
-        with self._pending_lock:
-            self._pending_bytes -= size
-        if rows:
-            with self._news:
-                self._appended = rows[-1].id
-                self._backlog_bytes += size
-                for a, r in zip(appends, rows, strict=True):
-                    keep = self._ready_events < self._limits.memory_events
-                    self._ready.append(
-                        _Ready(r.id, a.payload if keep else None, r.n, len(r.body), r.received_at)
-                    )
-                    self._ready_events += r.n if keep else 0
-                self._news.notify()
-        for commit in commits:
+    def _after_commit(self, stored: Stored) -> None:
+        """On the writer's thread: shows what is durable to the stages and to readers."""
+        if stored.rows:
+            self._backlog.add(
+                [
+                    Record(r.id, r.received_at, len(r.body), r.n, a.payload)
+                    for a, r in zip(stored.appends, stored.rows, strict=True)
+                ]
+            )
+        for commit in stored.commits:
             self._position = max(self._position, commit.position)
             if commit.directives:
                 self.board.change(commit.directives)
-        for a, r in zip(appends, rows, strict=True):
-            a.done.set_result(r.id)
+        if stored.commits:
+            with self._moved:
+                self._moved.notify_all()
 
     # --- the stages -----------------------------------------------------------------------------------------------
 
     def _run_stages(self) -> None:
-        position = self._position
-        while True:
-            records = self._next(position)
-            if not records:
-                break
-            commit = Commit(position=records[-1].id, at=self.clock.now())
-            size = 0
+        while records := self._backlog.take(_STAGE_EVENTS):
+            commit = Commit(position=records[-1].position, at=self.clock.now())
             for record in records:
                 self._conclude(self._process(record), commit)
-                size += record.size
-            position = commit.position
             if commit.at - self._snapshot_at >= self._snapshot_every_s:
                 commit.snapshot, self._snapshot_at = self.pipeline.snapshot(), commit.at
-            self._figures = Figures.of(self.pipeline)
-            commit.counters = self._figures.totals
-            self._jobs.put(commit)
-            with self._news:
-                self._backlog_bytes = max(0, self._backlog_bytes - size)
-        self._jobs.put(
-            Commit(
-                position=position,
-                snapshot=self.pipeline.snapshot(),
-                at=self.clock.now(),
-                counters=Figures.of(self.pipeline).totals,
-            )
-        )
+            self._publish(commit)
+            self._backlog.done(records)
+        last = Commit(position=self._backlog.read, at=self.clock.now(), snapshot=self.pipeline.snapshot())
+        self._publish(last)
 
-    def _next(self, position: int) -> list[_Record]:
-        """The next records in order: from memory, or from disk where memory let go of them. Empty when stopping and done."""
-        with self._news:
-            while not self._ready and self._appended <= position:
-                if self._stopping:
-                    return []
-                self._news.wait(1.0)
-            taken: list[_Ready] = []
-            events = 0
-            while self._ready and events < _STAGE_EVENTS and self._ready[0].payload is not None:
-                if self._ready[0].position > position + 1 and not taken:
-                    break  # records of before the start, still on disk
-                item = self._ready.popleft()
-                self._ready_events -= item.n
-                events += item.n
-                taken.append(item)
-        if taken:
-            return [_Record(t.position, t.size, t.payload) for t in taken]
-        with self.reader.connect() as c:
-            rows = store.read_log(c, position, limit=32)
-        with self._news:
-            while self._ready and rows and self._ready[0].position <= rows[-1].id:
-                gone = self._ready.popleft()
-                self._ready_events -= gone.n if gone.payload is not None else 0
-        return [_Record(r.id, len(r.body), _payload(r)) for r in rows]
+    def _publish(self, commit: Commit) -> None:
+        self._figures = Figures.of(self.pipeline)
+        commit.counters = self._figures.totals
+        self._writer.put(commit)
 
-    def _process(self, record: _Record) -> Emissions:
+    def _process(self, record: Record) -> Emissions:
         payload = record.payload
         if isinstance(payload, Batch):
             return self.pipeline.feed(payload)
@@ -449,7 +305,6 @@ class Embedded:
             return self.pipeline.tick(payload)
         if isinstance(payload, Enforced):
             return self.pipeline.enforced(payload)
-        assert isinstance(payload, Command)
         try:
             return self.pipeline.command(
                 payload.kind, payload.incident, payload.by, payload.at, payload.until
@@ -470,17 +325,29 @@ class Embedded:
         for change in said.changes:
             commit.outbox += self._alerts(change)
 
-    def _recover(self, saved: tuple[int, bytes] | None) -> None:
+    def _recover(self) -> None:
         """State as of the stored position: the snapshot, and the log behind it read again in silence."""
+        with self.reader.connect() as c:
+            saved = store.newest_snapshots(c)
+            first = store.first_log_id(c)
+            totals = store.counters(c)
         after = 0
-        if saved is not None:
+        for position, state in saved:
             try:
-                self.pipeline.restore(saved[1])
-                after = saved[0]
+                self.pipeline.restore(state)
+                after = position
+                break
             except SnapshotError as e:
-                _log.warning("snapshot.unreadable", why=str(e), then="the log is read again from its start")
+                # What was restored up to the failing stage must not mix with what is read again.
+                self.pipeline = self._make_pipeline()
+                _log.warning("snapshot.unreadable", position=position, why=str(e))
         for row in store.iter_log(self.reader, after, self._position):
-            self._process(_Record(row.id, len(row.body), _payload(row)))
+            self._process(record_of(row))
+        if saved and not after:
+            _log.warning("log.read_again", first=first, to=self._position)
+            if first != 1:
+                # Retention has removed the beginning; what was counted then is still known.
+                self.pipeline.counters = Counters.from_dict(totals)
 
     # --- out ------------------------------------------------------------------------------------------------------
 
@@ -489,11 +356,20 @@ class Embedded:
         """How things stood after the newest processed stretch of the log; safe to read from any thread."""
         return self._figures
 
+    @property
+    def received(self) -> Counter[str]:
+        """Events appended since the beginning, by format."""
+        return self._writer.received
+
+    @property
+    def rejected(self) -> Counter[str]:
+        """Events that could not be taken since the beginning, by reason."""
+        return self._writer.rejected
+
     def lag(self) -> tuple[float, int]:
         """(seconds since the oldest record arrived that the stages have not read, bytes not read)."""
-        with self._news:
-            oldest = self._ready[0].received_at if self._ready else None
-        return (max(0.0, self.clock.now() - oldest) if oldest is not None else 0.0), self._backlog_bytes
+        since = self._backlog.waiting_since()
+        return (max(0.0, self.clock.now() - since) if since is not None else 0.0), self._backlog.size
 
     @property
     def position(self) -> int:
@@ -503,29 +379,11 @@ class Embedded:
     @property
     def appended(self) -> int:
         """Newest record that is durable."""
-        return self._appended
+        return self._backlog.appended
 
-    def _guard(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as e:
-            self._failure, self.ready = e, False
-            _log.exception("runtime.stopped", thread=threading.current_thread().name)
-            raise
-
-
-@dataclass(frozen=True, slots=True)
-class _Record:
-    id: int
-    size: int
-    payload: Batch | float | Command | Enforced
-
-
-def _payload(row: LogRow) -> Batch | float | Command | Enforced:
-    if row.kind == "events":
-        return Batch(events=decode_events(row.body), sender=row.sender, received_at=row.received_at)
-    if row.kind == "tick":
-        return row.received_at
-    if row.kind == "command":
-        return msgspec.msgpack.decode(row.body, type=Command)
-    return msgspec.msgpack.decode(row.body, type=Enforced)
+    def wait_for(self, position: int, timeout_s: float = 60.0) -> bool:
+        """Waits until the consequences of everything up to `position` are stored; False when time or a thread ran out."""
+        with self._moved:
+            return self._moved.wait_for(
+                lambda: self._position >= position or self._failure is not None, timeout_s
+            ) and (self._position >= position)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import signal
+import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Final
@@ -14,16 +17,20 @@ import structlog
 import uvicorn
 
 from flyball.app.clock import SystemClock, monotonic
-from flyball.app.embedded import Embedded, Limits, Overloaded, Retention
+from flyball.app.embedded import Embedded, Limits, Retention
 from flyball.app.http.server import create_app
 from flyball.app.logs import configure_logging
 from flyball.app.notify import AlertRouter, notifications
 from flyball.app.scrape import scrapes
 from flyball.app.settings import Settings
 from flyball.app.wiring import database_path, hash_key, make_formats, make_pipeline
+from flyball.core.errors import ConfigError
 
 _TICK_S: Final = 1.0
 _TRIM_S: Final = 60.0
+_GRACE_S: Final = 10
+"""Seconds that requests may take to end once the process is told to stop."""
+SWITCH_INTERVAL_S: Final = 0.001
 _log = structlog.get_logger(__name__)
 
 
@@ -36,74 +43,136 @@ def make_runtime(settings: Settings) -> Embedded:
         SystemClock(),
         alerts=AlertRouter(settings.notify),
         limits=Limits(limits.pending_bytes, limits.backlog_bytes, limits.memory_events),
-        retention=Retention(kept.log_s, kept.log_bytes, kept.dead_letters_s),
+        retention=Retention(kept.log_s, kept.log_bytes, kept.dead_letters_s, kept.dead_letters_bytes),
         snapshot_every_s=settings.snapshot_every_s,
         synchronous=settings.synchronous,
     )
 
 
 def serve(settings: Settings) -> int:
-    """Runs until SIGTERM or Ctrl-C. Returns the exit code: 0 when everything taken was also processed."""
+    """Runs until SIGTERM or Ctrl-C. Returns the exit code: 0 when everything taken was also processed.
+
+    Raises: ConfigError when the port is taken, the data folder cannot be used, or a runbook is refused.
+    """
     configure_logging()
     # Ingest shares the interpreter with the stages: a shorter turn keeps answers quick while windows close.
-    sys.setswitchinterval(0.001)
-    runtime = make_runtime(settings)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    listener = _listen(settings.host, settings.port)
+    try:
+        runtime = make_runtime(settings)
+    except ConfigError:
+        listener.close()
+        raise
     formats = make_formats(settings, hash_key(settings))
     runtime.start()
     background = Background(runtime, settings)
     app = create_app(runtime, formats, settings, background.run)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app, host=settings.host, port=settings.port, log_level="warning", access_log=False, lifespan="on"
-        )
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=_GRACE_S
     )
-    background.on_failure = partial(setattr, server, "should_exit", True)
+    server = _Server(config, runtime)
+    runtime.on_failure = background.on_failure = partial(setattr, server, "should_exit", True)
+    port = listener.getsockname()[1]
     _log.info(
-        "started", url=f"http://{settings.host}:{settings.port}", data=str(settings.data), mode=settings.mode,
+        "started", url=f"http://{settings.host}:{port}", data=str(settings.data), mode=settings.mode,
         position=runtime.position,
     )  # fmt: skip
     with contextlib.suppress(KeyboardInterrupt):
-        server.run()
+        server.run(sockets=[listener])
     drained = runtime.stop()
     _log.info("stopped", drained=drained, position=runtime.position)
-    if runtime.failure is not None:
-        print(f"flyball: stopped by {runtime.failure!r}", file=sys.stderr)
+    failure = runtime.failure or background.failure
+    if failure is not None:
+        print(f"flyball: stopped by {type(failure).__name__}: {failure}", file=sys.stderr)
         return 1
     return 0 if drained and server.started else 1
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    """The socket, before anything else is touched. Raises: ConfigError when the address cannot be had."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, proto)
+    except OSError as e:
+        raise ConfigError(f"{host!r} is no address of this machine ({e.strerror})", where="host") from e
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as e:
+        listener.close()
+        if e.errno == errno.EADDRINUSE:
+            what = f"{port} is taken on {host}; stop what listens there, or set another port"
+            raise ConfigError(what, where="port") from e
+        raise ConfigError(f"cannot listen on {host}:{port} ({e.strerror})", where="host") from e
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """Stops on SIGTERM and Ctrl-C and then *returns*, so that the runtime is drained; uvicorn's own would raise the signal again.
+
+    Lets go of long polls as soon as it is told to stop, so that stopping does not wait for them.
+    """
+
+    def __init__(self, config: uvicorn.Config, runtime: Embedded) -> None:
+        super().__init__(config)
+        self._runtime = runtime
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {s: signal.signal(s, self.handle_exit) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            # A second Ctrl-C ends the draining; what is in the log then waits for the next start.
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._runtime.board.close()
+        await super().shutdown(sockets)
+
+
 class Background:
-    """Ticks, retention, scrapes and notifications beside the server."""
+    """Ticks, retention, scrapes and notifications beside the server.
+
+    `on_failure` is called when one of them ends by an error: `failure`. The process should then end too.
+    """
 
     def __init__(self, runtime: Embedded, settings: Settings) -> None:
         self._runtime, self._settings = runtime, settings
         self.on_failure: Callable[[], None] = _nothing
+        self.failure: BaseException | None = None
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[None]:
+        works = [
+            self._ticks(),
+            *notifications(self._runtime, self._settings),
+            *scrapes(self._runtime, self._settings),
+        ]
+        tasks = [asyncio.create_task(work) for work in works]
+        for task in tasks:
+            task.add_done_callback(self._ended)
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(self._ticks()),
-                *(group.create_task(c) for c in notifications(self._runtime, self._settings)),
-                *(group.create_task(c) for c in scrapes(self._runtime, self._settings)),
-            ]
-            try:
-                yield
-            finally:
-                for task in tasks:
-                    task.cancel()
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or task.exception() is None:
+            return
+        self.failure = self.failure or task.exception()
+        _log.error("background.stopped", why=repr(task.exception()), exc_info=task.exception())
+        self.on_failure()
 
     async def _ticks(self) -> None:
         rounds = 0
         while True:
             await asyncio.sleep(_TICK_S)
-            if self._runtime.failure is not None:
-                self.on_failure()
-                return
             # An unanswered tick means that the writer is behind; more of them would only make it later.
-            with contextlib.suppress(Overloaded):
-                await asyncio.wrap_future(self._runtime.tick())
+            await asyncio.wrap_future(self._runtime.tick())
             rounds += 1
             if rounds % int(_TRIM_S / _TICK_S) == 0:
                 self._runtime.trim()

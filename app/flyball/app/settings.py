@@ -82,6 +82,9 @@ class RetentionSettings(BaseModel):
     log_s: Positive = Field(86_400.0, description="Age of events in the log.")
     log_bytes: int = Field(4 << 30, gt=0, description="Size of the log.")
     dead_letters_s: Positive = Field(86_400.0, description="Age of dead letters.")
+    dead_letters_bytes: int = Field(
+        256 << 20, gt=0, description="Size of dead letters; over it new ones are kept without their bytes."
+    )
     dead_letter_bytes: bool = Field(
         True,
         description="Keep the bytes of dead letters, content fields removed where the body parses; else only reason and size.",

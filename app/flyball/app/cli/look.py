@@ -105,7 +105,7 @@ def _offline_status(data: Path) -> dict[str, Any]:
         oldest = store.oldest_unread(c, position)
         lag_s = SystemClock().now() - oldest if oldest is not None else 0.0
         return assemble_status(
-            store.counters(c), store.edge(c)["rejected"], store.incident_counts(c), position,
+            store.counters(c), store.edge(c).rejected, store.incident_counts(c), position,
             lag_s, store.backlog_bytes(c, position), len(store.live_directives(c)),
         )  # fmt: skip
 

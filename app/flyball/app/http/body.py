@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Final
 
 import zstandard
@@ -19,8 +20,14 @@ class BodyError(Exception):
         super().__init__(what)
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The body as sent, at most `limit` bytes. Raises: BodyError 413."""
+async def read_body(request: Request, limit: int, grew: Callable[[int], None]) -> bytes:
+    """The body as sent, at most `limit` bytes.
+
+    Args:
+        grew: hears of every piece before it is kept; may raise to end the reading.
+
+    Raises: BodyError 413.
+    """
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise BodyError(
@@ -31,6 +38,7 @@ async def read_body(request: Request, limit: int) -> bytes:
         size += len(chunk)
         if size > limit:
             raise BodyError(413, f"body of more than {limit} bytes (limits.body_bytes); send smaller batches")
+        grew(len(chunk))
         chunks.append(chunk)
     return b"".join(chunks)
 

@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, Final
 
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceResponse
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
-from flyball.app.embedded import Embedded, Overloaded
+from flyball.app.embedded import Embedded
+from flyball.app.http.answers import json_response
 from flyball.app.http.auth import Auth
-from flyball.app.http.body import BodyError, decompress, read_body
+from flyball.app.http.body import decompress, read_body
 from flyball.app.scrub import scrub
 from flyball.app.settings import Settings
 from flyball.app.store.store import DeadLetter
+from flyball.core.codec import encode_events
 from flyball.core.ports import Decoded, Format, Rejected
 
 _ON_LOOP_BYTES: Final = 64 << 10
 """Bodies up to this size are decoded on the event loop (well under a millisecond); larger ones in a thread."""
 _LETTERS_PER_BODY: Final = 100
-"""More bad events than this in one body become one dead letter per reason, which holds the bytes of all."""
+"""More bad events than this in one body become one dead letter per reason, which holds the bytes of as many of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Edge:
+    """What the edge made of a body."""
+
+    decoded: Decoded
+    dead: list[DeadLetter]
+    encoded: bytes
 
 
 class Ingest:
@@ -37,39 +49,43 @@ class Ingest:
         self.runtime, self.formats, self.settings, self.auth = runtime, formats, settings, auth
 
     async def take(self, request: Request, kind: str, *, patient: bool = True) -> Decoded:
-        """Raises: HTTPException 401/403, BodyError, Overloaded."""
+        """Raises: HTTPException 401/403, BodyError, Overloaded, Stopped."""
         who = self.auth.check(request, "ingest")
         limit = self.settings.limits.body_bytes
-        raw = await read_body(request, limit)
-        encoding, content_type = (
-            request.headers.get("content-encoding", ""),
-            request.headers.get("content-type", ""),
-        )
+        sender = f"{who}@{_peer(request)}"
+        held = 0
 
-        def decode() -> tuple[bytes, Decoded]:
-            body = decompress(raw, encoding, limit)
-            return body, self.formats[kind].decode(body, content_type)
+        def grew(size: int) -> None:
+            nonlocal held
+            self.runtime.admit(size, patient)
+            self.runtime.hold(size)
+            held += size
 
-        body, decoded = (
-            decode() if len(raw) <= _ON_LOOP_BYTES and not encoding else await to_thread.run_sync(decode)
-        )
-        if decoded.events or decoded.rejected:
-            now = self.runtime.clock.now()
-            sender = f"{who}@{_peer(request)}"
-            stored = self.runtime.ingest(
-                decoded.events,
-                sender,
-                now,
-                format=kind,
-                dead=self._dead_letters(decoded, body, sender, kind, now),
-                patient=patient,
-            )
-            await asyncio.wrap_future(stored)
-        return decoded
+        try:
+            raw = await read_body(request, limit, grew)
+            encoding = request.headers.get("content-encoding", "")
+            content_type = request.headers.get("content-type", "")
+            work = partial(self._decode, raw, encoding, content_type, kind, sender)
+            on_loop = len(raw) <= _ON_LOOP_BYTES and not encoding
+            edge = work() if on_loop else await to_thread.run_sync(work)
+            if edge.decoded.events or edge.dead:
+                stored = self.runtime.ingest(
+                    edge.decoded.events, sender, self.runtime.clock.now(),
+                    format=kind, dead=edge.dead, patient=patient, body=edge.encoded,
+                )  # fmt: skip
+                await asyncio.wrap_future(stored)
+            return edge.decoded
+        finally:
+            self.runtime.hold(-held)
 
-    def _dead_letters(
-        self, decoded: Decoded, body: bytes, sender: str, kind: str, now: float
-    ) -> list[DeadLetter]:
+    def _decode(self, raw: bytes, encoding: str, content_type: str, kind: str, sender: str) -> _Edge:
+        """All that costs time with a body; for large ones in a thread."""
+        body = decompress(raw, encoding, self.settings.limits.body_bytes)
+        decoded = self.formats[kind].decode(body, content_type)
+        dead = self._dead_letters(decoded, sender, kind, self.runtime.clock.now())
+        return _Edge(decoded, dead, encode_events(decoded.events))
+
+    def _dead_letters(self, decoded: Decoded, sender: str, kind: str, now: float) -> list[DeadLetter]:
         def letter(r: Rejected, data: bytes, n: int) -> DeadLetter:
             kept = scrub(data) if self.settings.retention.dead_letter_bytes else None
             return DeadLetter(now, sender, kind, r.reason, r.detail, len(data), kept, n)
@@ -80,7 +96,9 @@ class Ingest:
         letters = []
         for _, group in groupby(sorted(rejected, key=lambda r: r.reason), key=lambda r: r.reason):
             members = list(group)
-            letters.append(letter(members[0], b"\n".join(scrub(m.data) for m in members), len(members)))
+            # The first ones show what is wrong with all.
+            data = b"\n".join(scrub(m.data) for m in members[:_LETTERS_PER_BODY])
+            letters.append(letter(members[0], data, len(members)))
         return letters
 
 
@@ -106,8 +124,7 @@ def router(ingest: Ingest) -> APIRouter:
         decoded = await ingest.take(request, "otlp")
         whole = [x for x in decoded.rejected if x.reason in ("protobuf", "json", "too_large")]
         if whole and not decoded.events:
-            # 400 tells an exporter that repeating will not help (OTLP 1.9).
-            return JSONResponse({"code": 3, "message": whole[0].detail}, status_code=400)
+            return _otlp_error(request, 400, 3, whole[0].detail)
         message = ExportTraceServiceResponse()
         if decoded.rejected:
             message.partial_success.rejected_spans = len(decoded.rejected)
@@ -135,7 +152,7 @@ def _partial(decoded: Decoded) -> dict[str, Any]:
 def _otlp(request: Request, message: Any, as_json: dict[str, Any]) -> Response:
     """The answer in the content type of the question, as OTLP demands."""
     if "json" in request.headers.get("content-type", ""):
-        return JSONResponse(as_json)
+        return json_response(as_json)
     return Response(message.SerializeToString(), media_type="application/x-protobuf")
 
 
@@ -148,16 +165,35 @@ def _answer(decoded: Decoded) -> Response:
             {"index": r.index, "reason": r.reason, "detail": r.detail} for r in decoded.rejected[:10]
         ]
     # Good lines are in; only a body with nothing good is an error of its sender.
-    return JSONResponse(body, status_code=400 if decoded.rejected and not decoded.events else 200)
+    return json_response(body, 400 if decoded.rejected and not decoded.events else 200)
 
 
-def overloaded(e: Overloaded) -> Response:
-    return JSONResponse(
-        {"error": f"{e}; come back in {e.retry_after_s:g} s"},
-        status_code=429,
-        headers={"Retry-After": str(max(1, round(e.retry_after_s)))},
-    )
+def _otlp_error(request: Request, status: int, code: int, what: str, retry_after_s: float = 0.0) -> Response:
+    """A `google.rpc.Status` in the content type of the question: 400 tells an exporter that repeating will not help, 429 that it will."""
+    headers = {"Retry-After": str(max(1, round(retry_after_s)))} if retry_after_s else {}
+    if "json" in request.headers.get("content-type", ""):
+        return json_response({"code": code, "message": what, "error": what}, status, headers)
+    text = what.encode()
+    message = b"\x08" + bytes([code]) + b"\x12" + _varint(len(text)) + text
+    return Response(message, status, headers, media_type="application/x-protobuf")
 
 
-def refused(e: BodyError) -> Response:
-    return JSONResponse({"error": e.what}, status_code=e.status)
+def _varint(n: int) -> bytes:
+    out = bytearray()
+    while n > 0x7F:
+        out.append(n & 0x7F | 0x80)
+        n >>= 7
+    out.append(n)
+    return bytes(out)
+
+
+_RPC_CODES: Final = {400: 3, 401: 16, 403: 7, 413: 3, 415: 3, 429: 8, 503: 14}
+"""HTTP status → `google.rpc.Code`."""
+
+
+def refused(request: Request, status: int, what: str, retry_after_s: float = 0.0) -> Response:
+    """An answer to a request that is not granted, in the form that its sender reads."""
+    if request.url.path in ("/v1/traces", "/v1/metrics", "/v1/logs"):
+        return _otlp_error(request, status, _RPC_CODES.get(status, 2), what, retry_after_s)
+    headers = {"Retry-After": str(max(1, round(retry_after_s)))} if retry_after_s else {}
+    return json_response({"error": what}, status, headers)

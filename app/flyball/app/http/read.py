@@ -7,11 +7,11 @@ import base64
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Query, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from flyball.app import views
 from flyball.app.embedded import Command, Embedded
+from flyball.app.http.answers import json_response
 from flyball.app.http.auth import Auth
 from flyball.app.metrics import exposition
 from flyball.app.store import store
@@ -85,40 +85,40 @@ def router(runtime: Embedded, auth: Auth) -> APIRouter:
     @r.get("/healthz", summary="200 while the process works; 500 when a thread of it has died")
     async def healthz() -> Response:
         if runtime.failure is not None:
-            return JSONResponse({"status": "failed", "why": str(runtime.failure)}, status_code=500)
-        return JSONResponse({"status": "ok"})
+            return json_response({"status": "failed", "why": str(runtime.failure)}, 500)
+        return json_response({"status": "ok"})
 
     @r.get("/readyz", summary="200 while events are taken")
     async def readyz() -> Response:
-        return JSONResponse({"ready": runtime.ready}, status_code=200 if runtime.ready else 503)
+        return json_response({"ready": runtime.ready}, 200 if runtime.ready else 503)
 
     @r.get("/metrics", summary="Prometheus metrics")
-    async def metrics(request: Request) -> Response:
+    def metrics(request: Request) -> Response:
         auth.check(request, "read")
         return Response(exposition(runtime), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @r.get("/v1/status", summary="Totals since the beginning")
-    async def get_status(request: Request) -> Response:
+    def get_status(request: Request) -> Response:
         auth.check(request, "read")
-        return JSONResponse(status(runtime))
+        return json_response(status(runtime))
 
     @r.get("/v1/incidents", summary="Incidents, newest first")
-    async def incidents(
+    def incidents(
         request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100, after: str = ""
     ) -> Response:
         auth.check(request, "read")
         with runtime.reader.connect() as c:
-            return JSONResponse([views.incident(i) for i in store.list_incidents(c, limit, after)])
+            return json_response([views.incident(i) for i in store.list_incidents(c, limit, after)])
 
     @r.get("/v1/incidents/{incident_id}", summary="One incident with its history and ledger")
-    async def incident(request: Request, incident_id: str) -> Response:
+    def incident(request: Request, incident_id: str) -> Response:
         auth.check(request, "read")
         with runtime.reader.connect() as c:
             found = store.get_incident(c, incident_id)
             if found is None:
                 raise HTTPException(404, f"no incident {incident_id!r}; `GET /v1/incidents` lists them")
             history, entries = store.changes_of(c, incident_id), store.list_ledger(c, incident_id)
-        return JSONResponse(views.incident(found) | {"history": history, "ledger": entries})
+        return json_response(views.incident(found) | {"history": history, "ledger": entries})
 
     @r.post("/v1/incidents/{incident_id}", summary="Acknowledge, resolve, silence or reopen")
     async def command(request: Request, incident_id: str, body: CommandBody) -> Response:
@@ -133,16 +133,17 @@ def router(runtime: Embedded, auth: Auth) -> APIRouter:
         now = runtime.clock.now()
         until = now + body.for_s if body.kind == "silence" else None
         await asyncio.wrap_future(runtime.command(Command(body.kind, incident_id, who, now, until)))
-        return JSONResponse({"accepted": True, "incident": incident_id, "kind": body.kind}, status_code=202)
+        return json_response({"accepted": True, "incident": incident_id, "kind": body.kind}, 202)
 
     @r.get("/v1/directives", summary="Leases in force; ETag, If-None-Match, ?wait=SECONDS")
     async def directives(request: Request, wait: Annotated[float, Query(ge=0, le=60)] = 0.0) -> Response:
         auth.check(request, "enforce")
-        known = request.headers.get("if-none-match", "")
+        # A proxy may have made our strong tag a weak one.
+        known = request.headers.get("if-none-match", "").strip().removeprefix("W/")
         etag, live = await runtime.board.wait(known, wait) if known else runtime.board.read()
         if etag == known:
             return Response(status_code=304, headers={"ETag": etag})
-        return JSONResponse(
+        return json_response(
             [views.directive(d) for d in live], headers={"ETag": etag, "Cache-Control": "no-cache"}
         )
 
@@ -151,22 +152,22 @@ def router(runtime: Embedded, auth: Auth) -> APIRouter:
         auth.check(request, "enforce")
         report = Enforced(point=body.point, at=runtime.clock.now(), directives=body.directives)
         await asyncio.wrap_future(runtime.enforced(report))
-        return JSONResponse({"accepted": True}, status_code=202)
+        return json_response({"accepted": True}, 202)
 
     @r.get("/v1/approvals", summary="Plans that wait for a person")
     async def approvals(request: Request) -> Response:
         auth.check(request, "operate")
-        return JSONResponse(runtime.figures.waiting)
+        return json_response(runtime.figures.waiting)
 
     @r.get("/v1/dead-letters", summary="What could not be taken, newest first")
-    async def dead_letters(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
+    def dead_letters(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
         auth.check(request, "admin")
         with runtime.reader.connect() as c:
             found = store.list_dead_letters(c, limit)
         for letter in found:
             if letter["body"] is not None:
                 letter["body"] = base64.b64encode(letter["body"]).decode()
-        return JSONResponse(found)
+        return json_response(found)
 
     return r
 

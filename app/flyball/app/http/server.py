@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Final
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flyball.app.embedded import Embedded, Overloaded
+from flyball.app.embedded import Embedded, Overloaded, Stopped
 from flyball.app.http import ingest, read
+from flyball.app.http.answers import json_response
 from flyball.app.http.auth import Auth
 from flyball.app.http.body import BodyError
 from flyball.app.settings import Settings
 from flyball.core.ports import Format
 
 Background = Callable[[], AbstractAsyncContextManager[None]]
+
+_INGEST_PATHS: Final = frozenset({"/v1/events", "/ingest/litellm", "/v1/traces", "/v1/metrics", "/v1/logs"})
+"""Bodies that are read with a limit of their own."""
+_SMALL_BODY: Final = 1 << 20
 
 
 def create_app(
@@ -37,17 +46,90 @@ def create_app(
     auth = Auth(settings.tokens)
     app.include_router(ingest.router(ingest.Ingest(runtime, formats, settings, auth)))
     app.include_router(read.router(runtime, auth))
+    app.add_middleware(SmallBodies)
+    _answer_errors(app)
+    return app
 
+
+def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(Overloaded)
-    async def _overloaded(_request: Request, e: Overloaded) -> Response:
-        return ingest.overloaded(e)
+    async def _overloaded(request: Request, e: Overloaded) -> Response:
+        what = f"{e}; come back in {e.retry_after_s:g} s"
+        return ingest.refused(request, 429, what, e.retry_after_s)
+
+    @app.exception_handler(Stopped)
+    async def _stopped(request: Request, e: Stopped) -> Response:
+        return ingest.refused(request, 503, f"{e}; nothing was taken, send it again", 1.0)
 
     @app.exception_handler(BodyError)
-    async def _refused(_request: Request, e: BodyError) -> Response:
-        return ingest.refused(e)
+    async def _refused(request: Request, e: BodyError) -> Response:
+        return ingest.refused(request, e.status, e.what)
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, e: HTTPException) -> Response:
+        response = ingest.refused(request, e.status_code, _said(request, e))
+        response.headers.update(e.headers or {})
+        return response
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(_request: Request, e: RequestValidationError) -> Response:
+        wrong = [{"where": ".".join(map(str, x["loc"])), "what": x["msg"]} for x in e.errors()[:10]]
+        text = "; ".join(f"{w['where']}: {w['what']}" for w in wrong)
+        return json_response({"error": text, "wrong": wrong}, 422)
 
     @app.exception_handler(ClientDisconnect)
     async def _gone(_request: Request, _e: ClientDisconnect) -> Response:
         return Response(status_code=499)  # nobody reads it; a body that ended early is not our error
 
-    return app
+
+def _said(request: Request, e: HTTPException) -> str:
+    """The router's own two words, as sentences."""
+    if e.status_code == 404 and e.detail == "Not Found":
+        return f"no such path {request.url.path[:200]!r}; /docs lists them"
+    if e.status_code == 405 and e.detail == "Method Not Allowed":
+        return f"{request.method} is not for {request.url.path[:200]!r}; /docs lists what is"
+    return str(e.detail)
+
+
+class SmallBodies:
+    """Ends the reading of bodies that people and enforcement points send at 1 MiB: the framework reads them whole before we see them."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in _INGEST_PATHS:
+            await self._app(scope, receive, send)
+            return
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > _SMALL_BODY:
+            await _too_large(scope, receive, send)
+            return
+        size, answered = 0, False
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > _SMALL_BODY:
+                raise _TooLarge
+            return message
+
+        async def noted(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
+        try:
+            await self._app(scope, counted, noted)
+        except _TooLarge:
+            if not answered:
+                await _too_large(scope, receive, send)
+
+
+class _TooLarge(BaseException):
+    """Not an Exception, because the framework turns every Exception while it reads a body into a 400."""
+
+
+async def _too_large(scope: Scope, receive: Receive, send: Send) -> None:
+    await json_response({"error": f"body of more than {_SMALL_BODY} bytes"}, 413)(scope, receive, send)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -53,6 +53,28 @@ class DeadLetter:
     body: bytes | None
     n: int = 1
 
+    def without_bytes(self) -> DeadLetter:
+        return replace(self, body=None)
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeTotals:
+    """What the edge has counted since the beginning, and what it holds on disk now."""
+
+    received: dict[str, int]
+    """Events by format."""
+    rejected: dict[str, int]
+    """Events by reason."""
+    log_bytes: int
+    dead: int
+    dead_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    rows: int
+    size: int
+
 
 @dataclass(frozen=True, slots=True)
 class OutboxRow:
@@ -81,10 +103,6 @@ class Commit:
     snapshot: bytes | None = None
     counters: dict[str, Any] | None = None
     at: float = 0.0
-
-    @property
-    def empty(self) -> bool:
-        return not (self.changes or self.entries or self.directives or self.outbox or self.snapshot)
 
 
 def entry_of(item: Decision | DirectiveChange | Outcome) -> LedgerEntry:
@@ -133,6 +151,8 @@ def append_log(c: Connection, rows: Sequence[LogRow]) -> None:
 
 
 def append_dead_letters(c: Connection, letters: Sequence[DeadLetter]) -> None:
+    if not letters:
+        return
     c.execute(
         insert(dead_letters),
         [
@@ -226,30 +246,43 @@ def put_meta(c: Connection, key: str, value: str) -> None:
     )
 
 
-def trim(c: Connection, *, log_before: float, log_bytes: int, dead_before: float, limit: int = 200) -> int:
-    """Removes what is older or more than may be kept, in small steps; never what a restart would read again.
+def put_edge(c: Connection, received: Mapping[str, int], rejected: Mapping[str, int]) -> None:
+    put_meta(c, "edge", json.dumps({"received": received, "rejected": rejected}))
 
-    Returns: rows of the log removed.
+
+def trim_log(c: Connection, before: float, over_bytes: int, limit: int) -> Removed:
+    """Removes the oldest records: those from before `before`, and as many as make up `over_bytes`.
+
+    At most `limit` of them, and never one that a restart would read again: the older of two snapshots must still do.
     """
     needed = c.execute(select(func.min(snapshots.c.position))).scalar()
-    c.execute(delete(dead_letters).where(dead_letters.c.at < dead_before))
     if needed is None:
-        return 0
-    total = c.execute(select(func.coalesce(func.sum(log.c.size), 0))).scalar() or 0
+        return Removed(0, 0)
     oldest = c.execute(
         select(log.c.id, log.c.received_at, log.c.size)
         .where(log.c.id <= needed)
         .order_by(log.c.id)
         .limit(limit)
     ).all()
-    last = None
+    last, rows, removed = 0, 0, 0
     for row_id, received_at, size in oldest:
-        if received_at >= log_before and total <= log_bytes:
+        if received_at >= before and removed >= over_bytes:
             break
-        last, total = row_id, total - size
-    if last is None:
-        return 0
-    return c.execute(delete(log).where(log.c.id <= last)).rowcount
+        last, rows, removed = row_id, rows + 1, removed + size
+    if rows:
+        c.execute(delete(log).where(log.c.id <= last))
+    return Removed(rows, removed)
+
+
+def trim_dead_letters(c: Connection, before: float, limit: int) -> Removed:
+    """Removes at most `limit` dead letters of before `before`."""
+    t = dead_letters.c
+    found = c.execute(
+        select(t.id, func.coalesce(func.length(t.body), 0)).where(t.at < before).order_by(t.id).limit(limit)
+    ).all()
+    if found:
+        c.execute(delete(dead_letters).where(t.id.in_([row_id for row_id, _ in found])))
+    return Removed(len(found), sum(size for _, size in found))
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -264,10 +297,13 @@ def counters(c: Connection) -> dict[str, Any]:
     return json.loads(found) if found else {}
 
 
-def edge(c: Connection) -> dict[str, dict[str, int]]:
-    """Totals counted at the edge: `received` by format, `rejected` by reason."""
+def edge(c: Connection) -> EdgeTotals:
     found = c.execute(select(meta.c.value).where(meta.c.key == "edge")).scalar()
-    return json.loads(found) if found else {"received": {}, "rejected": {}}
+    raw = json.loads(found) if found else {"received": {}, "rejected": {}}
+    log_bytes = c.execute(select(func.coalesce(func.sum(log.c.size), 0))).scalar() or 0
+    body = func.coalesce(func.sum(func.length(dead_letters.c.body)), 0)
+    dead, dead_bytes = c.execute(select(func.count(), body).select_from(dead_letters)).one()
+    return EdgeTotals(raw["received"], raw["rejected"], int(log_bytes), int(dead), int(dead_bytes))
 
 
 def oldest_unread(c: Connection, after: int) -> float | None:
@@ -281,33 +317,45 @@ def last_log_id(c: Connection) -> int:
     return max(int(c.execute(select(func.coalesce(func.max(log.c.id), 0))).scalar() or 0), position(c))
 
 
-def newest_snapshot(c: Connection) -> tuple[int, bytes] | None:
-    row = c.execute(
-        select(snapshots.c.position, snapshots.c.body).order_by(snapshots.c.position.desc()).limit(1)
-    ).first()
-    return (row[0], row[1]) if row else None
-
-
-def read_log(c: Connection, after: int, limit: int = 256) -> list[LogRow]:
+def newest_snapshots(c: Connection) -> list[tuple[int, bytes]]:
+    """(position, state), newest first."""
     rows = c.execute(
-        select(log.c.id, log.c.kind, log.c.received_at, log.c.sender, log.c.n, log.c.body)
-        .where(log.c.id > after)
-        .order_by(log.c.id)
-        .limit(limit)
-    )
-    return [LogRow(*r) for r in rows]
+        select(snapshots.c.position, snapshots.c.body).order_by(snapshots.c.position.desc())
+    ).all()
+    return [(int(row[0]), row[1]) for row in rows]
+
+
+def first_log_id(c: Connection) -> int:
+    """The oldest record that was not trimmed; 0 when the log is empty."""
+    return int(c.execute(select(func.coalesce(func.min(log.c.id), 0))).scalar() or 0)
+
+
+def read_log(
+    c: Connection, after: int, until: int | None = None, *, limit: int = 1024, most_bytes: int = 8 << 20
+) -> list[LogRow]:
+    """Records behind `after`, up to `until`, in order: at least one if there is one, then until `most_bytes` are full."""
+    query = select(log.c.id, log.c.kind, log.c.received_at, log.c.sender, log.c.n, log.c.body)
+    query = query.where(log.c.id > after).order_by(log.c.id).limit(limit)
+    if until is not None:
+        query = query.where(log.c.id <= until)
+    rows: list[LogRow] = []
+    size = 0
+    with c.execute(query) as found:
+        for row in found:
+            rows.append(LogRow(*row))
+            size += len(rows[-1].body)
+            if size >= most_bytes:
+                break
+    return rows
 
 
 def iter_log(engine: Engine, after: int, until: int) -> Iterator[LogRow]:
     while after < until:
         with engine.connect() as c:
-            rows = read_log(c, after)
+            rows = read_log(c, after, until)
         if not rows:
             return
-        for row in rows:
-            if row.id > until:
-                return
-            yield row
+        yield from rows
         after = rows[-1].id
 
 
