@@ -78,7 +78,9 @@ def ai_sdk(i: int) -> dict[str, Any]:
         "ai.telemetry.metadata.sessionId": f"conv-{i % 500}",
         "ai.telemetry.metadata.userId": f"user-{i % 300}",
         "ai.request.headers.user-agent": "ai/6.0.326",
-        "ai.prompt.messages": '[{"role":"user","content":[{"type":"text","text":"' + "where is it? " * 20 + '"}]}]',
+        "ai.prompt.messages": '[{"role":"user","content":[{"type":"text","text":"'
+        + "where is it? " * 20
+        + '"}]}]',
         "gen_ai.system": "openai.chat",
         "gen_ai.request.model": "gpt-4.1-mini",
         "ai.response.finishReason": "stop",
@@ -137,7 +139,7 @@ def body(spans: int = SPANS, start: int = 0) -> bytes:
                 else:
                     for one in value:
                         attribute.value.array_value.values.add().string_value = one
-    return request.SerializeToString()
+    return bytes(request.SerializeToString())
 
 
 def plain(value: Any) -> Any:

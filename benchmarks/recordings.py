@@ -19,7 +19,7 @@ from flyball.streams.dedup import Deduplicator
 from flyball.streams.formats.litellm import LiteLlm
 from flyball.streams.formats.otlp import Otlp
 
-FORMATS = {"/v1/traces": Otlp, "/ingest/litellm": LiteLlm}
+FORMATS: dict[str, type[Otlp] | type[LiteLlm]] = {"/v1/traces": Otlp, "/ingest/litellm": LiteLlm}
 TOKENS = {
     "input_tokens": "input_tokens",
     "output_tokens": "output_tokens",
@@ -136,11 +136,11 @@ def compare(folder: Path, verbose: bool = True) -> bool:
     ok = low <= len(calls) <= high and not rejected
     print(
         f"{folder.name:34} calls {len(calls):3} in [{low}, {high}] {'ok ' if ok else 'OUT'} duplicates {duplicates:3} "
-        f"steps {steps:3} rejected {dict(rejected)} ignored {dict(ignored)} token sums {'equal' if not off else off}"
+        f"steps {steps:3} rejected {dict(rejected)} ignored {dict(ignored)} token sums {off or 'equal'}"
     )
     if verbose:
-        for line in wrong:
-            print("    ", *line)
+        for difference in wrong:
+            print("    ", *difference)
     return ok and not wrong and not off
 
 

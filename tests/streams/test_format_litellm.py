@@ -142,12 +142,26 @@ def test_content_is_never_kept() -> None:
 @pytest.mark.parametrize(
     ("one", "klass"),
     [
-        (failure("429", "RateLimitError", "OpenAIException - Rate limit reached", "429_RATE_LIMIT_EXCEEDED"), "rate_limited"),
-        (failure("429", "RateLimitError", "You exceeded your current quota", "429_RATE_LIMIT_EXCEEDED"), "quota_exhausted"),
+        (
+            failure(
+                "429", "RateLimitError", "OpenAIException - Rate limit reached", "429_RATE_LIMIT_EXCEEDED"
+            ),
+            "rate_limited",
+        ),
+        (
+            failure("429", "RateLimitError", "You exceeded your current quota", "429_RATE_LIMIT_EXCEEDED"),
+            "quota_exhausted",
+        ),
         (failure("500", "InternalServerError", "overloaded_error", "503_PROVIDER_OVERLOADED"), "overloaded"),
-        (failure("429", "HTTPException", "429: {'error': {'type': 'agent_session_blocked'}}"), "gateway_local"),
+        (
+            failure("429", "HTTPException", "429: {'error': {'type': 'agent_session_blocked'}}"),
+            "gateway_local",
+        ),
         (failure("", "ProxyException", "No connected db.", "400_INVALID_REQUEST"), "gateway_local"),
-        (failure("429", "RateLimitError", "x", error_rate_limit_category="litellm_rate_limit"), "gateway_local"),
+        (
+            failure("429", "RateLimitError", "x", error_rate_limit_category="litellm_rate_limit"),
+            "gateway_local",
+        ),
     ],
 )
 def test_a_failure_gets_its_class_and_no_tokens(one: dict[str, Any], klass: str) -> None:
@@ -229,7 +243,9 @@ def test_a_setting_changes_where_a_label_comes_from() -> None:
         ({"completion_tokens": 10**15}, "too_large"),
     ],
 )
-def test_a_record_that_would_be_wrong_is_rejected_and_the_others_count(changes: dict[str, Any], reason: str) -> None:
+def test_a_record_that_would_be_wrong_is_rejected_and_the_others_count(
+    changes: dict[str, Any], reason: str
+) -> None:
     decoded = decode(record(), record(**changes), record())
     assert len(decoded.events) == 2
     assert [(r.reason, r.index) for r in decoded.rejected] == [(reason, 1)]
@@ -262,7 +278,9 @@ def test_fields_of_another_type_are_missing_and_the_event_stands(changes: dict[s
     assert len(event.id) <= 512
 
 
-@pytest.mark.parametrize("body", [b"", b"nonsense", b"[", b'[{"a"]', b"[" * 50_000, b"\xff", b"5", b'["x"]', b"null"])
+@pytest.mark.parametrize(
+    "body", [b"", b"nonsense", b"[", b'[{"a"]', b"[" * 50_000, b"\xff", b"5", b'["x"]', b"null"]
+)
 def test_what_is_no_record_is_refused_without_an_exception(body: bytes) -> None:
     assert FORMAT.decode(body).events == []
 

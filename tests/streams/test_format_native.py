@@ -84,7 +84,9 @@ def test_template_syntax_and_shell_stay_plain_text() -> None:
     assert event.app == nasty
 
 
-@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"a":' * 100_000, b'{"type":"llm_call","at":' + b"9" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "body", [b"[" * 100_000, b'{"a":' * 100_000, b'{"type":"llm_call","at":' + b"9" * 5000 + b"}"]
+)
 def test_deep_nesting_and_huge_numbers_are_refused_quietly(body: bytes) -> None:
     decoded = FORMAT.decode(body)
     assert decoded.events == []
@@ -93,7 +95,13 @@ def test_deep_nesting_and_huge_numbers_are_refused_quietly(body: bytes) -> None:
 
 def test_the_schema_names_every_event_and_unit() -> None:
     schema = NativeNdjson().schema()
-    assert {d["title"] for d in schema["$defs"].values()} == {"LlmCall", "AgentStep", "GpuSample", "Change", "Evaluation"}
+    assert {d["title"] for d in schema["$defs"].values()} == {
+        "LlmCall",
+        "AgentStep",
+        "GpuSample",
+        "Change",
+        "Evaluation",
+    }
     assert schema["$defs"]["LlmCall"]["properties"]["input_tokens"]
 
 

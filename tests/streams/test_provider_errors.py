@@ -167,7 +167,9 @@ def test_the_same_error_classifies_the_same_through_the_cache() -> None:
 
 
 @given(st.text(), st.text(), st.text(), st.integers(-5, 1000) | st.text(max_size=5) | st.none())
-def test_whatever_is_told_the_class_is_a_known_one(type_: str, code: str, message: str, status: int | str | None) -> None:
+def test_whatever_is_told_the_class_is_a_known_one(
+    type_: str, code: str, message: str, status: int | str | None
+) -> None:
     assert CLASSIFIER.classify(type=type_, code=code, message=message, status=status) in CLASSES
 
 

@@ -71,7 +71,7 @@ class _Memory:
     def __init__(self) -> None:
         self.ids: set[str] = set()
         self.spans: dict[str, tuple[str, bool]] = {}
-        """Counted or dropped model-call spans: (scope, failed)."""
+        """Model-call spans that were fed: (scope, failed); without a scope when a call inside them told the same call."""
         self.parents: dict[str, list[tuple[str, bool]]] = {}
         """Parents of counted calls: (scope, failed) of each child."""
         self.entries: list[Entry] = []
@@ -318,7 +318,7 @@ class _Work:
     def call(self, call: LlmCall) -> None:
         d = self._dedup
         place = self._copy_of(call)
-        self._remember(call, counted=place is None)
+        self._remember(call)
         if place is None:
             place = len(self.out)
             self.out.append(call)
@@ -347,9 +347,9 @@ class _Work:
             self._merge(place, call, inner=None)
             return place
         if call.span:
-            place = self._nested(call)
-            if place is not None:
-                return place
+            nested = self._nested(call)
+            if nested is not None:
+                return nested
         if d._many:
             other = d._alike(call, self._sender)
             if other is not None:
@@ -369,7 +369,8 @@ class _Work:
         if children and any(
             scope != call.scope or child_failed == failed for scope, child_failed in children
         ):
-            self._note(children[0][0], call)
+            d._new.spans[call.span] = ("", failed)  # told by its child: another child is another attempt
+            self._note(self._neighbour(children[0][0], call), call)
             place = self._child_places.get(call.span, -1)
             self._merge(place, call, inner=False)
             return place
@@ -379,14 +380,17 @@ class _Work:
                 if above is None or above[0] == "":
                     continue
                 if above[0] != call.scope or above[1] == failed:
-                    memory.spans[call.parent] = ("", above[1])  # told: a second child is a second attempt
-                    self._note(above[0], call)
+                    memory.spans[call.parent] = (
+                        "",
+                        above[1],
+                    )  # told by this child: another is another attempt
+                    self._note(self._neighbour(above[0], call), call)
                     place = self._span_places.get(call.parent, -1)
                     self._merge(place, call, inner=True)
                     return place
         return None
 
-    def _remember(self, call: LlmCall, counted: bool) -> None:
+    def _remember(self, call: LlmCall) -> None:
         new = self._dedup._new
         if call.id:
             new.ids.add(call.id)
@@ -395,7 +399,12 @@ class _Work:
             if call.parent:
                 new.parents.setdefault(call.parent, []).append((call.scope, bool(call.error)))
 
+    def _neighbour(self, scope: str, call: LlmCall) -> str:
+        """The reporter of a span around or inside the call's: of the same process, so of its sender and application."""
+        return _reporter(msgspec.structs.replace(call, scope=scope), self._sender)
+
     def _note(self, other: str, call: LlmCall) -> None:
+        """Counts that two reporters told the same call."""
         told = self._dedup._told_twice
         key = _pair(other, _reporter(call, self._sender))
         if key in told or len(told) < 1000:

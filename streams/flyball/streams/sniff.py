@@ -7,8 +7,15 @@ from typing import Final
 
 _LOOK: Final = 65_536
 _TYPE: Final = re.compile(rb'"type"\s*:\s*"(?:llm_call|agent_step|gpu_sample|change|evaluation)"')
-_LITELLM: Final = (b'"litellm_call_id"', b'"call_type"', b'"custom_llm_provider"', b'"model_group"', b'"hidden_params"')
+_LITELLM: Final = (
+    b'"litellm_call_id"',
+    b'"call_type"',
+    b'"custom_llm_provider"',
+    b'"model_group"',
+    b'"hidden_params"',
+)
 _OTLP: Final = (b'"resourceSpans"', b'"resource_spans"')
+_BINARY: Final = re.compile(rb"[\x00-\x08\x0e-\x1f]")
 _METRIC: Final = re.compile(rb"^(?:# (?:HELP|TYPE) |[a-zA-Z_:][a-zA-Z0-9_:]*(?:\{[^\n]*\})?[ \t]+[-+0-9.NI])")
 
 
@@ -26,6 +33,10 @@ def sniff(body: bytes, content_type: str = "", name: str = "") -> str:
     'litellm'
     """
     head = body[:_LOOK]
+    if _BINARY.search(head, 0, 256):
+        return (
+            "otlp"  # the only binary one; its first byte is also a line feed, and may be followed by a brace
+        )
     start = head.lstrip()
     if start[:1] in (b"{", b"["):
         if any(word in head for word in _OTLP):
@@ -35,11 +46,7 @@ def sniff(body: bytes, content_type: str = "", name: str = "") -> str:
         if any(word in head for word in _LITELLM):
             return "litellm"
         return "native" if _TYPE.search(head) else _hinted(content_type, name)
-    if _METRIC.match(start) and b"\x00" not in head:
-        return "prometheus"
-    if start:
-        return "otlp"  # binary: the only one among our formats
-    return _hinted(content_type, name)
+    return "prometheus" if _METRIC.match(start) else _hinted(content_type, name)
 
 
 def _hinted(content_type: str, name: str) -> str:

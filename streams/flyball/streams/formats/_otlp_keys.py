@@ -133,7 +133,9 @@ class KeyMap:
                 slot += 1
         self.unread = slot
         self.size = slot + 1
-        self.stand_ins = [[self.codes[k] for k in keys if self.codes[k] != INDEX[n]] for n, keys in FIELDS.items()]
+        self.stand_ins = [
+            [self.codes[k] for k in keys if self.codes[k] != INDEX[n]] for n, keys in FIELDS.items()
+        ]
         self.labels = [(name, [self._source(s) for s in rules.get(name, ())]) for name in LABELS]
         self.bits = self._bits()
         self.wire_codes = {key.encode(): code for key, code in self.codes.items()}
@@ -141,7 +143,10 @@ class KeyMap:
         for key in label_keys:
             self.constant[self.codes[key]] = True
         self.content = self._flags(range(_CONTENT_FIELDS, len(FIELDS)))
-        self.lazy = [c or (not self.constant[i] and b >> len(LABELS) > 0 and b & (1 << len(LABELS)) - 1 == 0) for i, (c, b) in enumerate(zip(self.content, self.bits, strict=True))]
+        self.lazy = [
+            c or (not self.constant[i] and b >> len(LABELS) > 0 and b & (1 << len(LABELS)) - 1 == 0)
+            for i, (c, b) in enumerate(zip(self.content, self.bits, strict=True))
+        ]
         """Slots whose values are left unread: content, and stand-ins, which are mostly not needed."""
         self._labels_of: dict[int, list[tuple[str, list[Source]]]] = {}
         self._fields_of: dict[int, list[tuple[int, list[int]]]] = {}
@@ -166,7 +171,9 @@ class KeyMap:
                 for used in (slot, version):
                     if used >= 0:
                         bits[used] |= 1 << position
-        for position, (_, sources) in enumerate(self.labels):  # labels that follow another label change with it
+        for position, (_, sources) in enumerate(
+            self.labels
+        ):  # labels that follow another label change with it
             for _, _, other in sources:
                 if other:
                     bits = [b | 1 << position if b >> LABELS.index(other) & 1 else b for b in bits]

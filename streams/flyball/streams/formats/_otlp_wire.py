@@ -130,6 +130,8 @@ def value_in(data: bytes, at: int) -> Any:
             at += 2
             if size >= 0x80:
                 size, at = varint(data, at - 1)
+            if at + size > len(data):
+                raise WireError("cut off")
             return str(data[at : at + size], "utf-8", "replace")
         if kind == 0x18:  # int64
             number = data[at + 1]

@@ -28,6 +28,7 @@ from flyball.streams.formats._names import (
     provider_name,
 )
 from flyball.streams.formats._options import FormatOptions
+from flyball.streams.formats.native import spans_lines
 from flyball.streams.labels import LABELS, Rules
 
 SCOPE: Final = "litellm"
@@ -125,7 +126,7 @@ class LiteLlm:
             except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
                 return [body]
         lines = [line for line in body.splitlines() if line.strip()]
-        return [body] if lines and b"}" not in lines[0] else lines  # one record, written over several lines
+        return [body] if len(lines) > 1 and spans_lines(body) else lines
 
     def _fill_data(self, out: Decoded, pieces: list[bytes]) -> None:
         """Bytes for the dead letters, looked up only when something was rejected."""
@@ -451,7 +452,7 @@ def _operation(call_type: Any) -> str:
 
 def _text(value: Any) -> str:
     if value.__class__ is str:
-        return value  # type: ignore[no-any-return]
+        return value
     if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
         return ""
     return str(value)

@@ -19,8 +19,9 @@ _AT: Final = attrgetter("at")
 _event = msgspec.json.Decoder(Event)
 _events = msgspec.json.Decoder(list[Event])
 _raws = msgspec.json.Decoder(list[msgspec.Raw])
+_any = msgspec.json.Decoder().decode
 _schema_components = msgspec.json.schema_components
-_KNOWN: Final[frozenset[str]] = frozenset(f for t in Event.__args__ for f in t.__struct_fields__)  # type: ignore[attr-defined]
+_KNOWN: Final[frozenset[str]] = frozenset(f for t in Event.__args__ for f in t.__struct_fields__)
 
 
 class NativeNdjson:
@@ -71,12 +72,11 @@ class NativeNdjson:
                 return [bytes(raw) for raw in _raws.decode(body)]
             except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
                 return [body]
-        return [line for line in body.splitlines() if line.strip()]
+        lines = [line for line in body.splitlines() if line.strip()]
+        return [body] if len(lines) > 1 and spans_lines(body) else lines
 
     def _one_by_one(self, body: bytes, array: bool) -> Decoded:
         pieces = self._pieces(body, array)
-        if not array and len(pieces) > 1 and b"}" not in pieces[0]:
-            pieces = [body]  # one event, written over several lines
         good: list[Event] = []
         bad: list[Rejected] = []
         for index, piece in enumerate(pieces):
@@ -90,6 +90,15 @@ class NativeNdjson:
             else:
                 bad.append(_bad_time(event.at, piece, index))
         return Decoded(good, bad)
+
+
+def spans_lines(body: bytes) -> bool:
+    """Whether the body is one JSON value, written over several lines, rather than a value a line."""
+    try:
+        _any(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return False
+    return True
 
 
 def _bad_time(at: float, piece: bytes, index: int) -> Rejected:

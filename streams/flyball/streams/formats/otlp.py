@@ -44,6 +44,7 @@ from flyball.streams.labels import LABELS
 
 _HOPS: Final = 32
 """How far up a trace the search for a calling ancestor goes."""
+_NEW, _SKIPPED = -1, -2
 _LABEL_BITS: Final = (1 << len(LABELS)) - 1
 _SHORT: Final = 80
 _KNOWN: Final = 8192
@@ -160,11 +161,10 @@ class Otlp:
                             touched |= bit
                             continue
                     end = data[1] + 2
-                    code = code_of(data[2:end])
-                    if code is None:
-                        self._learn(data, end, keys.unread, None)
-                        continue
+                    code = code_of(data[2:end], _NEW)
                     if code < 0:
+                        if code == _NEW:
+                            self._learn(data, end, keys.unread, None)
                         continue
                     touched |= bits[code]
                     if lazy[code]:
@@ -203,7 +203,7 @@ class Otlp:
         elif code != self._keys.unread:
             self._constant[code] = False
         elif len(self._codes) < _KNOWN:
-            self._codes[name] = -1
+            self._codes[name] = _SKIPPED
 
     def _wire_span_carefully(self, span: Any, group: _Group, out: _Body) -> None:
         """A span with an attribute in an unusual layout, or damaged."""
@@ -262,7 +262,9 @@ class Otlp:
             try:
                 request = js.decode_raw_request(line)
             except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-                detail = "not an OTLP/JSON traces export request: `resourceSpans` with `scopeSpans` with `spans`."
+                detail = (
+                    "not an OTLP/JSON traces export request: `resourceSpans` with `scopeSpans` with `spans`."
+                )
                 out.rejected.append(Rejected("json", detail, line, out.seen))
                 continue
             for resource_spans in request.resource_spans:
@@ -328,7 +330,11 @@ class Otlp:
                 out.plain.append((span.span_id, span.parent_span_id, group.read.hex))
             return
         try:
-            labels = self._labels(slots, touched & _LABEL_BITS, group.labels) if touched & _LABEL_BITS else group.labels
+            labels = (
+                self._labels(slots, touched & _LABEL_BITS, group.labels)
+                if touched & _LABEL_BITS
+                else group.labels
+            )
             if kind == "call":
                 out.events.append(self._call(span, slots, operation, labels, group))
             else:
@@ -575,13 +581,15 @@ def _times(span: Any) -> tuple[float, float]:
             raise _Bad("type", "a span's time is no whole number of nanoseconds.") from e
     at = (end or start) / 1e9
     if not EARLIEST <= at < LATEST:
-        raise _Bad("timestamp", f"a span ends at {at:.0f}; must be seconds since the epoch, UTC, from 2010 to 2099.")
+        raise _Bad(
+            "timestamp", f"a span ends at {at:.0f}; must be seconds since the epoch, UTC, from 2010 to 2099."
+        )
     return start / 1e9, at
 
 
 def _text(value: Any) -> str:
     if value.__class__ is str:
-        return value  # type: ignore[no-any-return]
+        return value
     if value.__class__ is int or value.__class__ is float:
         return str(value)
     return ""
@@ -590,7 +598,7 @@ def _text(value: Any) -> str:
 def _maybe_count(value: Any) -> int | None:
     """A whole number, negative ones too; None when the value is none."""
     if value.__class__ is int:
-        return value  # type: ignore[no-any-return]
+        return value
     if value.__class__ is float:
         return int(value) if math.isfinite(value) else None
     if value.__class__ is str and value.isascii() and len(value) <= 20 and value.lstrip("-").isdigit():

@@ -127,7 +127,7 @@ class Prometheus:
             found = _LINE.match(line)
             value = _value(found[3]) if found is not None else None
             if found is None or value is None:
-                detail = f"line {number + 1} is no sample; `name{{label=\"value\"}} number` is expected."
+                detail = f'line {number + 1} is no sample; `name{{label="value"}} number` is expected.'
                 rejected.append(Rejected("prometheus", detail, line.encode(), number))
                 continue
             if abs(value) > UNSUPPORTED_ABOVE or value != value:
