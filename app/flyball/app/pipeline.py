@@ -346,4 +346,5 @@ class Pipeline:
 
 def is_page(change: IncidentChange) -> bool:
     """Whether this change is one that wakes a person: the opening of a paging incident, or its becoming one."""
-    return change.incident.page and change.notify and (not change.old or change.reason.startswith("paged"))
+    rose = any(note.startswith("pages: SEV") for note in change.reason.split("; "))
+    return change.incident.page and change.notify and (not change.old or rose)
