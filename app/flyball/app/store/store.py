@@ -219,14 +219,15 @@ def _put_entry(c: Connection, entry: LedgerEntry) -> None:
     values = {k: getattr(entry, k) for k in ("key", "at", "kind", "incident", "runbook")}
     c.execute(
         upsert(ledger)
-        .values(**values, body=body, hash=ledger_hash(previous, entry.key, body))
+        .values(**values, body=body, hash=ledger_hash(previous, list(values.values()), body))
         .on_conflict_do_nothing()
     )
 
 
-def ledger_hash(previous: bytes, key: str, body: bytes) -> bytes:
-    """Each line seals all before it: changing or removing one breaks every later hash."""
-    return blake2b(previous + key.encode() + b"\0" + body, digest_size=32).digest()
+def ledger_hash(previous: bytes, columns: list[Any], body: bytes) -> bytes:
+    """Each line seals all before it: changing or removing one breaks every later hash. `columns`: all but sequence, body and hash."""
+    sealed = msgspec.json.encode(columns)
+    return blake2b(previous + sealed + b"\0" + body, digest_size=32).digest()
 
 
 def _put_directive(c: Connection, moved: DirectiveChange) -> None:
@@ -419,10 +420,11 @@ def list_ledger(c: Connection, incident: str = "", limit: int = 1000) -> list[di
 def verify_ledger(c: Connection) -> int | None:
     """None when every hash holds, else the first broken `seq`."""
     previous = b""
-    for seq, key, body, found in c.execute(
-        select(ledger.c.seq, ledger.c.key, ledger.c.body, ledger.c.hash).order_by(ledger.c.seq)
-    ):
-        if ledger_hash(previous, key, body) != found:
+    t = ledger.c
+    query = select(t.seq, t.key, t.at, t.kind, t.incident, t.runbook, t.body, t.hash)
+    for seq, *columns, body, found in c.execute(query.order_by(t.seq)):
+        # Who changes a line by hand may leave text where bytes were.
+        if ledger_hash(previous, columns, body if isinstance(body, bytes) else str(body).encode()) != found:
             return int(seq)
         previous = found
     return None
