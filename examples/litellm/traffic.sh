@@ -12,6 +12,7 @@ call() {  # call MODEL NUMBER
          "messages": [{"role": "user", "content": "hello"}]}'
 }
 
+until curl -s -o /dev/null "$proxy/health/liveliness"; do sleep 1; done
 for n in $(seq 60); do call fine "$n"; done
 echo "60 calls to the model that answers"
 for n in $(seq 60); do call broken "$n" & sleep 0.3; done

@@ -17,6 +17,7 @@ import os
 import sys
 from collections import OrderedDict
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import ClassVar
 
 from standardwebhooks import Webhook, WebhookVerificationError
 
@@ -25,7 +26,7 @@ LARGEST_BYTES = 64_000
 
 class Receiver(BaseHTTPRequestHandler):
     webhook: Webhook
-    seen: OrderedDict[str, None] = OrderedDict()
+    seen: ClassVar[OrderedDict[str, None]] = OrderedDict()
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
