@@ -64,6 +64,11 @@ class DirectiveBoard:
         finally:
             self._waiters.discard(waiter)
 
+    @property
+    def waiting(self) -> int:
+        """How many long polls wait for a change."""
+        return len(self._waiters)
+
     def close(self) -> None:
         """Ends every wait, and lets none begin: the process is stopping."""
         self._closed = True
