@@ -52,12 +52,12 @@ def test_twenty_failing_calls_of_a_series_never_seen_before_are_an_outage() -> N
     assert phases(about(detector.feed([traffic.window(failing(1.0, n=20))]), provider="b")) == ["on"]
 
 
-def test_nineteen_calls_are_too_few_until_the_next_window() -> None:
+def test_nine_calls_are_too_few_until_the_next_window() -> None:
     traffic, detector = Traffic(), ErrorRatio()
     detector.feed(traffic.windows(60, quiet()))
-    assert detector.feed([traffic.window(failing(1.0, n=19))]) == []
-    (found,) = about(detector.feed([traffic.window(failing(1.0, n=19))]), provider="b")
-    assert (found.phase, found.n, found.since) == ("on", 38, traffic.now - 20)
+    assert detector.feed([traffic.window(failing(1.0, n=9))]) == []
+    (found,) = about(detector.feed([traffic.window(failing(1.0, n=9))]), provider="b")
+    assert (found.phase, found.n, found.since) == ("on", 18, traffic.now - 20)
 
 
 def test_a_third_failing_must_last_two_windows_and_sixty_percent_one() -> None:

@@ -44,6 +44,8 @@ class Episodes:
         self.off_events = off_events
         self.since: NDArray[np.float64] = np.full(0, np.nan)
         """float64[capacity]: when the episode began, seconds since the epoch; NaN while there is none."""
+        self.n_open = 0
+        """Slots with an episode."""
         self._quiet: NDArray[np.int16] = np.zeros(0, np.int16)
         self._quiet_events: NDArray[np.float32] = np.zeros(0, np.float32)
 
@@ -56,11 +58,15 @@ class Episodes:
 
     def forget(self, slots: NDArray[np.int64]) -> None:
         """The slots mean other series now: whatever was open in them ends without a word (there is nobody to speak of)."""
+        if self.n_open:
+            self.n_open -= int(np.count_nonzero(~np.isnan(self.since[np.unique(slots)])))
         self.since[slots] = np.nan
         self._quiet[slots] = 0
         self._quiet_events[slots] = 0.0
 
     def active(self, slots: NDArray[np.int64]) -> Bools:
+        if not self.n_open:
+            return np.zeros(len(slots), np.bool_)
         return ~np.isnan(self.since[slots])
 
     def step(
@@ -87,6 +93,7 @@ class Episodes:
         on = np.flatnonzero(alarm & ~was)
         open_rows = np.flatnonzero(was)
         self.since[slots[on]] = onset[on]
+        self.n_open += len(on)
         self._quiet[slots[on]] = 0
         self._quiet_events[slots[on]] = 0.0
         still = open_rows[away[open_rows] | alarm[open_rows]]
@@ -124,6 +131,7 @@ class Episodes:
         self.since[slots] = np.frombuffer(state["since"], "<f8")
         self._quiet[slots] = np.frombuffer(state["quiet"], "<i2")
         self._quiet_events[slots] = np.frombuffer(state["events"], "<f4")
+        self.n_open = len(slots)
 
 
 class KeyedEpisodes(Generic[K]):

@@ -24,18 +24,20 @@ from flyball.detectors._state import (
     Table,
     find_rollup,
     half_life_weight,
-    log_mean_exp,
 )  # fmt: skip
 
 Singles = NDArray[np.float32]
 
 _FIELDS: Final = (
     "windows", "mean", "between", "within", "lag", "mass", "last", "cov", "recent", "run_calls", "run_windows", "m0", "m1",
+    "later_between", "later_lag", "later_mass",
 )  # fmt: skip
 _AT: Final = {name: i for i, name in enumerate(_FIELDS)}
 _PRIOR_WINDOWS: Final = 10.0
 """Weight of what is believed about the scatter between windows before any was seen."""
 _PRIOR_CALLS: Final = 20.0
+_MEMORY: Final = np.float32(360.0)
+"""Windows that a learned scatter rests on at most: 360 windows of 10 s are the default half-life."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,8 @@ class LevelParams:
         warmup_windows: windows with data before a series is judged.
         half_life_s: age at which what was learned counts half, in time with data.
         blend_calls: the recent level is smoothed over about so many calls.
+        patience_windows: windows of a departure until they count as scatter of the series after all. Earlier they do not: what
+            lasts would pass for scatter that lasts, and hide itself.
         drift_nats: taken off the evidence in every window, so that small errors of the learned normal do not add up for hours.
         off_after, off_calls: quiet windows in a row, and calls in them, that end an episode.
         accept_after_s: an episode that lasts longer ends, and its level becomes the new normal.
@@ -66,6 +70,7 @@ class LevelParams:
     warmup_windows: int = 30
     half_life_s: float = 3_600.0
     blend_calls: float = 20.0
+    patience_windows: int = 60
     drift_nats: float = 0.1
     off_after: int = 3
     off_calls: float = 10.0
@@ -79,6 +84,7 @@ class LevelParams:
             "min_calls >= 1": self.min_calls >= 1,
             "min_windows >= 1": self.min_windows >= 1,
             "warmup_windows >= 2": self.warmup_windows >= 2,
+            "patience_windows >= 1": self.patience_windows >= 1,
             "half_life_s > 0": self.half_life_s > 0,
             "blend_calls >= 0": self.blend_calls >= 0,
             "off_after >= 1": self.off_after >= 1,
@@ -93,7 +99,7 @@ class LevelParams:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One window's judgement, by the rows handed to `Level.judge`; levels in ln units."""
+    """One window's judgement, by the rows of its reading; levels in ln units."""
 
     slots: Ints
     score: Floats
@@ -139,7 +145,8 @@ class Level:
 
     def suspect(self, slots: Ints) -> Bools:
         """In an episode, or with more evidence than one window in a hundred has by chance."""
-        nats = self.table["s"][slots][:, [_AT["m0"], _AT["m1"]]].max(axis=1)
+        s = self.table["s"]
+        nats = np.maximum(s[slots, _AT["m0"]], s[slots, _AT["m1"]])
         return np.asarray((nats > 5.0) | self.episodes.active(slots))
 
     def mean(self, slots: Ints) -> Singles:
@@ -148,9 +155,19 @@ class Level:
     def inherit(self, slot: int, donor: Level, donor_slot: int, extra_variance: float = 0.0) -> None:
         """A series that has just been born starts with the normal of another, believed less by `extra_variance`."""
         row = donor.table["s"][donor_slot].copy()
-        for name in ("recent", "run_calls", "run_windows", "m0", "m1", "last"):
+        for name in (
+            "recent",
+            "run_calls",
+            "run_windows",
+            "m0",
+            "m1",
+            "last",
+            "later_between",
+            "later_lag",
+            "later_mass",
+        ):
             row[_AT[name]] = 0.0
-        known, trusted = min(float(row[_AT["windows"]]), self._memory), float(self.params.warmup_windows)
+        known, trusted = min(float(row[_AT["windows"]]), float(_MEMORY)), float(self.params.warmup_windows)
         # Sums over windows become what `warmup_windows` windows would have made of them.
         for name in ("between", "lag", "mass"):
             row[_AT[name]] *= trusted / max(known, 1.0)
@@ -158,87 +175,16 @@ class Level:
         row[_AT["windows"]] = trusted
         self.table["s"][slot] = row
 
-    def judge(
-        self,
-        slots: Ints,
-        x: Floats,
-        calls: Floats,
-        within: Floats | None,
-        start: float,
-        end: float,
-        threshold: float,
-        *,
-        cov: Floats | None = None,
-        elasticity: float = 0.0,
-        may_alarm: Bools | None = None,
-        extra_nats: Floats | None = None,
-    ) -> Judged:
-        """Scores, then learns, one window.
+    def begin_anew(self, slots: Ints) -> None:
+        """Forgets the evidence so far; what was learned stays."""
+        for name in ("m0", "m1", "run_calls", "run_windows", "recent"):
+            self.table["s"][slots, _AT[name]] = 0.0
 
-        Args:
-            slots: int64[n], each at most once; all arrays have these rows, and every row has data.
-            x: float64[n], mean of ln(value) per call.
-            calls: float64[n], calls that x is the mean of; > 0.
-            within: float64[n], variance of ln(value) among the window's calls; None where x is no mean of calls.
-            start, end: of the window, seconds since the epoch.
-            threshold: nats.
-            cov, elasticity: x falls by `elasticity` * (cov - its own normal) before it is judged; NaN = not told.
-            may_alarm: bool[n], rows that meet whatever else the detector asks for.
-            extra_nats: float64[n], further evidence, independent of x.
-        """
-        params = self.params
-        s = np.ascontiguousarray(self.table["s"][slots].T)
-        windows, mean = s[_AT["windows"]], s[_AT["mean"]]
-        x32, c = x.astype(np.float32), calls.astype(np.float32)
-        warm = windows >= params.warmup_windows
-        first = windows == 0
-        mean[first] = x32[first]
-        if cov is not None:
-            x32 = x32 - np.float32(elasticity) * self._told(s, cov, first)
-        variance, between = self._variance(s, c, within is not None)
-        d = x32 - mean
-
-        before0, before1 = s[_AT["m0"]].copy(), s[_AT["m1"]].copy()
-        begins = (before0 <= 0) & (before1 <= 0)
-        most = np.float32(1.2 * threshold / params.min_windows)
-        extra = np.float32(0) if extra_nats is None else extra_nats.astype(np.float32)
-        for name, shift in (("m0", params.shifts_log[0]), ("m1", params.shifts_log[1])):
-            gain = (np.float32(shift) * d - np.float32(shift * shift / 2)) / variance + extra
-            s[_AT[name]] += np.minimum(gain, most) - np.float32(params.drift_nats)
-        score = log_mean_exp(np.stack([s[_AT["m0"]], s[_AT["m1"]]], axis=1).astype(np.float64))
-        for name in ("m0", "m1"):
-            s[_AT[name]] = np.where(warm, np.clip(s[_AT[name]], 0, np.float32(2 * threshold)), 0)
-
-        blend = c / (c + np.float32(params.blend_calls))
-        recent = s[_AT["recent"]]
-        recent += blend * (d - recent)
-        s[_AT["run_calls"]] = np.where(begins, 0, s[_AT["run_calls"]]) + c
-        s[_AT["run_windows"]] = np.where(begins, 0, s[_AT["run_windows"]]) + 1
-        onset = np.where(begins, start, self.table["onset"][slots])
-        self.table["onset"][slots] = onset
-
-        away = recent > params.effect_log / 2
-        alarm = warm & (score >= threshold) & (recent >= params.effect_log) & (d >= params.effect_log / 2)
-        alarm &= (s[_AT["run_calls"]] >= params.min_calls) & (s[_AT["run_windows"]] >= params.min_windows)
-        if may_alarm is not None:
-            alarm &= may_alarm
-        step = self.episodes.step(slots, alarm, away, ~away, onset, calls)
-        accepted = step.still[end - self.episodes.since[slots[step.still]] > params.accept_after_s]
-        still = np.setdiff1d(step.still, accepted, assume_unique=True)
-        judged = Judged(
-            slots, score, mean.astype(np.float64), recent.astype(np.float64), s[_AT["run_calls"]].astype(np.float64),
-            s[_AT["run_windows"]].astype(np.int64), Step(step.on, still, step.off), accepted,
-        )  # fmt: skip
-
-        weight = np.where(warm & ((score > 0.4 * threshold) | (recent >= params.effect_log)), 0.1, 1.0)
-        weight[self.episodes.active(slots)] = 0.0
-        self._learn(s, d, c, within, between, variance, weight.astype(np.float32), end - start)
-        if cov is not None:
-            gain = self._gain(windows, end - start) * weight.astype(np.float32)
-            s[_AT["cov"]] += np.where(np.isfinite(cov), gain * (cov.astype(np.float32) - s[_AT["cov"]]), 0)
-        self._restart(s, np.concatenate([step.off, accepted]), accepted, judged.mean + judged.recent)
-        self.table["s"][slots] = s.T
-        return judged
+    def step(self, slots: Ints, alarm: Bools, away: Bools, onset: Floats, calls: Floats) -> Step:
+        """Moves the episodes on; a series that is not away is quiet."""
+        if not self.episodes.n_open and not alarm.any():
+            return _NOTHING
+        return self.episodes.step(slots, alarm, away, ~away, onset, calls)
 
     def close(self, judged: Judged) -> None:
         """To be called once the anomalies of `judged` are made, which still need `since`."""
@@ -249,77 +195,6 @@ class Level:
     def since(self, slot: int) -> float:
         return float(self.episodes.since[slot])
 
-    def _told(self, s: Singles, cov: Floats, first: Bools) -> Singles:
-        """How far the covariate is from its own normal, which follows it at the pace of the mean; 0 where it was not told."""
-        normal, c = s[_AT["cov"]], cov.astype(np.float32)
-        told = np.isfinite(c)
-        unknown = told & (first | (normal == 0))
-        normal[unknown] = c[unknown]
-        return np.where(told, c - normal, np.float32(0))
-
-    def _variance(self, s: Singles, c: Singles, is_mean: bool) -> tuple[Singles, Singles]:
-        """Of x under the null; and the part of it that is scatter between windows."""
-        params = self.params
-        floor = np.float32(params.floor_sd_log**2)
-        known = np.minimum(s[_AT["windows"]], self._memory)
-        mass = s[_AT["mass"]] + np.float32(_PRIOR_WINDOWS)
-        between = np.maximum((s[_AT["between"]] + floor * np.float32(_PRIOR_WINDOWS)) / mass, floor)
-        within = (
-            (s[_AT["within"]] * known + _PRIOR_CALLS) / (known + _PRIOR_CALLS) / c
-            if is_mean
-            else np.float32(0)
-        )
-        # The scatter of few calls is independent from window to window; what lasts belongs to `between` alone.
-        r = np.clip(s[_AT["lag"]] / mass / between, 0, np.float32(0.85))
-        lasting = between * (1 + r) / (1 - r)
-        return within + lasting + (within + lasting) / (known + 1), between
-
-    _memory: float = 360.0
-    """Windows that a learned scatter rests on at most: 360 windows of 10 s are the default half-life."""
-
-    def _gain(self, windows: Singles, window_s: float) -> Singles:
-        """The plain mean at first, exponential forgetting later."""
-        slow = np.float32(1 - half_life_weight(window_s, self.params.half_life_s))
-        return np.maximum(slow, 1 / (windows + 1))
-
-    def _learn(
-        self,
-        s: Singles,
-        d: Singles,
-        c: Singles,
-        within: Floats | None,
-        between: Singles,
-        variance: Singles,
-        weight: Singles,
-        window_s: float,
-    ) -> None:
-        windows = s[_AT["windows"]]
-        gain = self._gain(windows, window_s) * weight
-        # Held at four standard deviations: one monster moves the mean like a large window, not like a monster.
-        far = 4 * np.sqrt(variance)
-        held = np.clip(d, -far, far)
-        s[_AT["mean"]] += gain * held
-        noise = np.zeros_like(d)
-        if within is not None:
-            told = c >= 2
-            s[_AT["within"]] += np.where(told, gain, 0) * (within.astype(np.float32) - s[_AT["within"]])
-            noise = s[_AT["within"]] / c
-        # Suspect windows that became no episode teach the scatter in full: without them it would be that of calm hours only. Windows
-        # of few calls say little about it.
-        worth = np.where(weight > 0, between / (between + noise), 0)
-        fade = np.where(weight > 0, np.float32(1 - 1 / self._memory), 1)
-        s[_AT["between"]] = s[_AT["between"]] * fade + worth * (held * held - noise)
-        s[_AT["lag"]] = s[_AT["lag"]] * fade + worth * held * s[_AT["last"]]
-        s[_AT["mass"]] = s[_AT["mass"]] * fade + worth
-        s[_AT["last"]] = np.where(weight > 0, held, s[_AT["last"]])
-        windows += (weight > 0).astype(np.float32)
-
-    def _restart(self, s: Singles, ended: Ints, accepted: Ints, level: Floats) -> None:
-        for name in ("m0", "m1", "run_calls", "run_windows", "recent"):
-            s[_AT[name]][ended] = 0.0
-        s[_AT["mean"]][accepted] = level[accepted]
-        s[_AT["windows"]][accepted] = np.float32(self.params.warmup_windows)
-
     def pack(self) -> dict[str, Any]:
         return {"by": list(self.by), "table": self.table.pack(), "episodes": self.episodes.pack()}
 
@@ -327,6 +202,233 @@ class Level:
         self.table.load(state["table"])
         self.episodes.load(state["episodes"])
         self.episodes.grow(len(self.table.born))
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """One signal over one roll-up."""
+
+    signal: str
+    by: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a window says about a watch. `rows` are indices into the roll-up, and all arrays have these rows; each has data.
+
+    Args:
+        x: float64[n], mean of ln(value) per call, less `offset`.
+        calls: float64[n], calls that x is the mean of; > 0.
+        within: float64[n], variance of ln(value) among the window's calls; None where x is no mean of calls.
+        cov, elasticity: x falls by `elasticity` * (cov - its own normal) before it is judged; NaN = not told.
+        may_alarm: bool[n], rows that meet whatever else the detector asks for.
+        extra_nats: float64[n], further evidence, independent of x.
+        offset: float64[n], what was taken off ln(value): added again to what is shown.
+    """
+
+    rows: Ints
+    x: Floats
+    calls: Floats
+    within: Floats | None = None
+    cov: Floats | None = None
+    elasticity: float = 0.0
+    may_alarm: Bools | None = None
+    extra_nats: Floats | None = None
+    offset: Floats | None = None
+
+
+_NOTHING: Final = Step(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
+Part = tuple[Level, Ints, Reading]
+
+
+def judge_parts(
+    parts: Sequence[Part], params: LevelParams, start: float, end: float, threshold: float
+) -> list[Judged]:
+    """Scores, then learns, one window of several levels of equal parameters: joined, because a call of numpy costs more
+    than the few rows of a small estate.
+
+    Args:
+        parts: each level with the slots (int64[n], each at most once) of its reading's rows.
+        start, end: of the window, seconds since the epoch.
+        threshold: nats.
+    """
+    cuts = np.cumsum([len(slots) for _, slots, _ in parts])[:-1]
+    s = np.ascontiguousarray(np.concatenate([level.table["s"][slots] for level, slots, _ in parts]).T)
+    onset = np.concatenate([level.table["onset"][slots] for level, slots, _ in parts])
+    open_ = np.concatenate([level.episodes.active(slots) for level, slots, _ in parts])
+    c = np.concatenate([r.calls for _, _, r in parts]).astype(np.float32)
+    x = np.concatenate([r.x for _, _, r in parts]).astype(np.float32)
+    within = _joined([r.within for _, _, r in parts])
+    cov = _covariate([r for _, _, r in parts])
+
+    windows, mean = s[_AT["windows"]], s[_AT["mean"]]
+    warm = windows >= params.warmup_windows
+    first = windows == 0
+    mean[first] = x[first]
+    if cov is not None:
+        x = x - cov[1] * _told(s, cov[0], first)
+    variance, between = _variance(s, c, within is not None, params)
+    d = x - mean
+
+    begins = (s[_AT["m0"]] <= 0) & (s[_AT["m1"]] <= 0)
+    score = _gather(s, d, variance, warm, threshold, [r.extra_nats for _, _, r in parts], params)
+    blend = c / (c + np.float32(params.blend_calls))
+    recent = s[_AT["recent"]]
+    recent += blend * (d - recent)
+    s[_AT["run_calls"]] = np.where(begins, 0, s[_AT["run_calls"]]) + c
+    s[_AT["run_windows"]] = np.where(begins, 0, s[_AT["run_windows"]]) + 1
+    onset = np.where(begins, start, onset)
+
+    away = recent > params.effect_log / 2
+    alarm = warm & (score >= threshold) & (recent >= params.effect_log) & (d >= params.effect_log / 2)
+    if alarm.any():
+        alarm &= (s[_AT["run_calls"]] >= params.min_calls) & (s[_AT["run_windows"]] >= params.min_windows)
+        allowed = [
+            np.ones(len(r.rows), np.bool_) if r.may_alarm is None else r.may_alarm for _, _, r in parts
+        ]
+        alarm &= np.concatenate(allowed)
+    spans = [slice(a, b) for a, b in zip([0, *cuts.tolist()], [*cuts.tolist(), len(c)], strict=True)]
+    steps = [
+        level.step(slots, alarm[at], away[at], onset[at], r.calls)
+        for (level, slots, r), at in zip(parts, spans, strict=True)
+    ]
+    out = [
+        _judged(part, step, s[:, at], score[at], end, params)
+        for part, step, at in zip(parts, steps, spans, strict=True)
+    ]
+    for step, at in zip(steps, spans, strict=True):
+        if len(step.on):
+            open_[step.on + at.start] = True
+
+    weight = np.where(warm & ((score > 0.4 * threshold) | (recent >= params.effect_log)), 0.1, 1.0)
+    weight[open_] = 0.0
+    slow = 1 - half_life_weight(end - start, params.half_life_s)
+    # The plain mean at first, exponential forgetting later.
+    gain = np.maximum(np.float32(slow), 1 / (windows + 1)) * weight.astype(np.float32)
+    _learn(s, d, c, within, between, variance, gain, params)
+    if cov is not None:
+        told = np.isfinite(cov[0])
+        s[_AT["cov"]] += np.where(told, gain * (np.where(told, cov[0], 0) - s[_AT["cov"]]), 0)
+    for (level, slots, _), at, judged in zip(parts, spans, out, strict=True):
+        ended = np.concatenate([judged.step.off, judged.accepted])
+        if len(ended):
+            _restart(s[:, at], ended, judged.accepted, judged.mean + judged.recent, params)
+        level.table["s"][slots] = s[:, at].T
+        level.table["onset"][slots] = onset[at]
+    return out
+
+
+def _joined(columns: Sequence[Floats | None]) -> Singles | None:
+    told = [column for column in columns if column is not None]
+    return np.concatenate(told).astype(np.float32) if told else None
+
+
+def _covariate(readings: Sequence[Reading]) -> tuple[Singles, Singles] | None:
+    """Covariate and elasticity of all rows; None where no reading has one."""
+    if all(r.cov is None for r in readings):
+        return None
+    cov = np.concatenate([np.full(len(r.rows), np.nan) if r.cov is None else r.cov for r in readings])
+    elasticity = np.concatenate([np.full(len(r.rows), r.elasticity) for r in readings])
+    return cov.astype(np.float32), elasticity.astype(np.float32)
+
+
+def _told(s: Singles, cov: Singles, first: Bools) -> Singles:
+    """How far the covariate is from its own normal, which follows it at the pace of the mean; 0 where it was not told."""
+    normal = s[_AT["cov"]]
+    told = np.isfinite(cov)
+    unknown = told & (first | (normal == 0))
+    normal[unknown] = cov[unknown]
+    return np.where(told, cov - normal, np.float32(0))
+
+
+def _variance(s: Singles, c: Singles, is_mean: bool, params: LevelParams) -> tuple[Singles, Singles]:
+    """Of x under the null; and the part of it that is scatter between windows."""
+    floor = np.float32(params.floor_sd_log**2)
+    known = np.minimum(s[_AT["windows"]], _MEMORY)
+    mass = s[_AT["mass"]] + np.float32(_PRIOR_WINDOWS)
+    between = np.maximum((s[_AT["between"]] + floor * np.float32(_PRIOR_WINDOWS)) / mass, floor)
+    within = (
+        (s[_AT["within"]] * known + np.float32(_PRIOR_CALLS)) / (known + np.float32(_PRIOR_CALLS)) / c
+        if is_mean
+        else np.float32(0)
+    )
+    # The scatter of few calls is independent from window to window; what lasts belongs to `between` alone.
+    r = np.minimum(np.maximum(s[_AT["lag"]] / mass / between, 0), np.float32(0.85))
+    lasting = between * (1 + r) / (1 - r)
+    return (within + lasting) * (1 + 1 / (known + 1)), between
+
+
+def _gather(
+    s: Singles, d: Singles, variance: Singles, warm: Bools, threshold: float, extra: Sequence[Floats | None],
+    params: LevelParams,
+) -> Floats:  # fmt: skip
+    """Adds one window's evidence; returns the score of the mixture."""
+    most = np.float32(1.2 * threshold / params.min_windows)
+    m0, m1 = s[_AT["m0"]], s[_AT["m1"]]
+    more = _joined(extra)
+    for m, shift in zip((m0, m1), params.shifts_log, strict=True):
+        gain = (np.float32(shift) * d - np.float32(shift * shift / 2)) / variance
+        if more is not None:
+            gain += more
+        m += np.minimum(gain, most) - np.float32(params.drift_nats)
+    score: Floats = np.logaddexp(m0.astype(np.float64), m1.astype(np.float64)) - np.log(2.0)
+    for m in (m0, m1):
+        m[:] = np.where(warm, np.minimum(np.maximum(m, 0), np.float32(2 * threshold)), 0)
+    return score
+
+
+def _judged(part: Part, step: Step, s: Singles, score: Floats, end: float, params: LevelParams) -> Judged:
+    level, slots, _ = part
+    accepted, still = _NOTHING.off, step.still
+    if len(still):
+        accepted = still[end - level.episodes.since[slots[still]] > params.accept_after_s]
+        still = np.setdiff1d(still, accepted, assume_unique=True)
+    return Judged(
+        slots, score, s[_AT["mean"]].astype(np.float64), s[_AT["recent"]].astype(np.float64),
+        s[_AT["run_calls"]].astype(np.float64), s[_AT["run_windows"]].astype(np.int64), Step(step.on, still, step.off),
+        accepted,
+    )  # fmt: skip
+
+
+def _learn(
+    s: Singles, d: Singles, c: Singles, within: Singles | None, between: Singles, variance: Singles, gain: Singles,
+    params: LevelParams,
+) -> None:  # fmt: skip
+    # Held at four standard deviations: one monster moves the mean like a large window, not like a monster.
+    far = 4 * np.sqrt(variance)
+    held = np.minimum(np.maximum(d, -far), far)
+    s[_AT["mean"]] += gain * held
+    noise: Singles = np.zeros_like(d)
+    if within is not None:
+        s[_AT["within"]] += np.where(c >= 2, gain, 0) * (within - s[_AT["within"]])
+        noise = s[_AT["within"]] / c
+    teaches = gain > 0
+    # Suspect windows that become no episode teach the scatter in full: without them it would be that of calm hours only.
+    # Windows of few calls say little about it.
+    worth = np.where(teaches, between / (between + noise), 0)
+    fade = np.where(teaches, np.float32(1 - 1 / _MEMORY), 1)
+    # A departure teaches once it is over, or has lasted so long without an alarm that it belongs to the series.
+    waits = (
+        teaches
+        & ((s[_AT["m0"]] > 0) | (s[_AT["m1"]] > 0))
+        & (s[_AT["run_windows"]] <= params.patience_windows)
+    )
+    news = (worth * (held * held - noise), worth * held * s[_AT["last"]], worth)
+    for name, new in zip(("between", "lag", "mass"), news, strict=True):
+        now, later = s[_AT[name]], s[_AT[f"later_{name}"]]
+        later += new
+        now *= fade
+        now += np.where(teaches & ~waits, later, 0)
+        later[~waits] = 0.0
+    s[_AT["last"]] = np.where(teaches, held, s[_AT["last"]])
+    s[_AT["windows"]] += teaches
+
+
+def _restart(s: Singles, ended: Ints, accepted: Ints, level: Floats, params: LevelParams) -> None:
+    for name in ("m0", "m1", "run_calls", "run_windows", "recent"):
+        s[_AT[name], ended] = 0.0
+    s[_AT["mean"], accepted] = level[accepted]
+    s[_AT["windows"], accepted] = np.float32(params.warmup_windows)
 
 
 def mean_and_variance(rollup: Rollup, name: str, rows: Ints) -> tuple[Floats, Floats, Floats]:
@@ -344,28 +446,6 @@ def variance_of(n: Floats, mean: Floats, squares: Floats) -> Floats:
 Evidence = dict[str, float | int | str | list[str]]
 
 
-@dataclass(frozen=True, slots=True)
-class Watch:
-    """One signal over one roll-up."""
-
-    signal: str
-    by: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What a window says about a watch; see `Level.judge`. `rows` are indices into the roll-up."""
-
-    rows: Ints
-    x: Floats
-    calls: Floats
-    within: Floats | None = None
-    cov: Floats | None = None
-    elasticity: float = 0.0
-    may_alarm: Bools | None = None
-    extra_nats: Floats | None = None
-
-
 class LevelDetector:
     """The frame of a detector made of levels: subclasses say what they watch, read it from a roll-up, and add their facts."""
 
@@ -373,10 +453,11 @@ class LevelDetector:
     reads: ClassVar[Literal["windows"]] = "windows"
     klass: ClassVar[str]
     unit: ClassVar[str]
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def __init__(self, watches: Sequence[Watch], params: LevelParams, budget: PageBudget | None) -> None:
         self.budget = budget if budget is not None else PageBudget()
+        self._params = params
         self.levels: dict[Watch, Level] = {watch: Level(watch.by, params) for watch in watches}
 
     # --- what subclasses say ------------------------------------------------------------------------------------
@@ -419,10 +500,19 @@ class LevelDetector:
                     present.append((watch, level, rollup))
             self._register()
             threshold = self.budget.nats(self.period_s(window))
+            read: list[tuple[Watch, Rollup, Part]] = []
             for watch, level, rollup in present:
                 reading = self.read(watch, rollup, window)
                 if reading is not None and len(reading.rows):
-                    self._judge(watch, level, rollup, window, reading, threshold, out)
+                    read.append((watch, rollup, (level, rollup.ids[reading.rows], reading)))
+            if read:
+                start = window.end - self.period_s(window)
+                judged = judge_parts(
+                    [part for _, _, part in read], self._params, start, window.end, threshold
+                )
+                for (watch, rollup, (level, _, reading)), j in zip(read, judged, strict=True):
+                    if len(j.step.on) or len(j.step.still) or len(j.step.off) or len(j.accepted):
+                        self._say(watch, level, rollup, window, reading, j, threshold, out)
             self.learned(window)
         return out
 
@@ -432,21 +522,10 @@ class LevelDetector:
     def _register(self) -> None:
         self.budget.register(self.kind, sum(level.table.seen for level in self.levels.values()))
 
-    def _judge(
-        self,
-        watch: Watch,
-        level: Level,
-        rollup: Rollup,
-        window: Window,
-        reading: Reading,
-        threshold: float,
+    def _say(
+        self, watch: Watch, level: Level, rollup: Rollup, window: Window, reading: Reading, j: Judged, threshold: float,
         out: list[Anomaly],
-    ) -> None:
-        j = level.judge(
-            rollup.ids[reading.rows], reading.x, reading.calls, reading.within, window.end - self.period_s(window),
-            window.end, threshold, cov=reading.cov, elasticity=reading.elasticity, may_alarm=reading.may_alarm,
-            extra_nats=reading.extra_nats,
-        )  # fmt: skip
+    ) -> None:  # fmt: skip
         phases: tuple[tuple[Phase, Ints, bool], ...] = (
             ("on", j.step.on, False), ("still", j.step.still, False), ("off", j.step.off, False), ("off", j.accepted, True),
         )  # fmt: skip
@@ -456,6 +535,8 @@ class LevelDetector:
                 labels = rollup.row_labels(row)
                 since = level.since(int(j.slots[i]))
                 mean, recent = float(j.mean[i]), float(j.recent[i])
+                if reading.offset is not None:
+                    mean += float(reading.offset[i])
                 evidence: Evidence = {
                     "multiple": round(float(np.exp(recent)), 4),
                     "windows": int(j.run_windows[i]),

@@ -86,7 +86,8 @@ class Rules:
     `backoff_repeats`: while the gaps between the repeats keep growing.
     `cycles`, `blind_cycles`: times that a period of 2 to 6 steps must be seen.
     `failures`: unsuccessful results (each success takes one off), plus one per `patience_steps` productive steps, at most
-    `max_failures`. `returns`: times that the turn came back to the agent before last, nothing else happening.
+    `max_failures`, plus `several_more` where it is not one tool that fails. `returns`: times that the turn came back to the
+    agent before last, nothing else happening.
     `stale`: steps in a row that all repeat an earlier call and result. `window`, `distinct_ratio`: fewer distinct steps
     than this share of the last `window`.
     """
@@ -105,6 +106,7 @@ class Rules:
     failures: int = 3
     patience_steps: int = 3
     max_failures: int = 8
+    several_more: int = 2
     returns: int = 6
     stale: int = 8
     window: int = 20
@@ -343,6 +345,8 @@ class Lane:
         if not self.error or self.fail_count < rules.failures:
             return None
         needed = min(rules.max_failures, rules.failures + self.productive // rules.patience_steps)
+        if self.fail_tool == "*":
+            needed += rules.several_more  # failing with one thing after another is looking for a way as well
         facts: dict[str, float | int | str | list[str]] = {
             "unsuccessful": self.fail_count,
             "error": self.error,

@@ -30,6 +30,8 @@ class Params(LevelParams):
     effect_log: float = 0.4
     floor_sd_log: float = 0.15
     min_windows: int = 3
+    min_calls: int = 40
+    patience_windows: int = 6
     min_share: float = 0.2
 
     def __post_init__(self) -> None:

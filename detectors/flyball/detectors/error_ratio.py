@@ -39,8 +39,8 @@ _SAMPLED: Final = 50
 class Group:
     """Classes that are judged together.
 
-    `prior_ratio` is believed before anything was seen; while a series warms up it is judged as if its normal were
-    `cold_ratio`, so that only what would be trouble anywhere is said.
+    `prior_ratio` is believed before anything was seen; a series that warms up is judged as if `Params.cold_attempts` calls had
+    failed at `cold_ratio` before its own, so that at first only what would be trouble anywhere is said.
     """
 
     name: str
@@ -88,7 +88,8 @@ class Params:
             waived where a series' calls name no tenant at all.
         effect_times, effect_points: the ratio must reach max(times * normal, normal + points) (for a high normal: half of what
             is left to 1), whatever the evidence.
-        warmup_attempts: calls until a series' own normal counts; until then `Group.cold_ratio` stands for it.
+        warmup_attempts: calls until a series' own normal counts fully; until then `Group.cold_ratio` is part of it.
+        cold_attempts: weight of `Group.cold_ratio` until then, in calls; > 0.
         prior_attempts: weight of `Group.prior_ratio`, in calls.
         half_life_s: age at which what was learned counts half, in time with data.
         min_rho, max_rho: bounds on the learned correlation of calls within a window: n calls tell as much as
@@ -100,11 +101,12 @@ class Params:
     Raises: ConfigError for values out of range.
     """
 
-    min_attempts: int = 20
+    min_attempts: int = 10
     min_failing_tenants: int = 2
     effect_times: float = 3.0
     effect_points: float = 0.05
     warmup_attempts: float = 200.0
+    cold_attempts: float = 20.0
     prior_attempts: float = 200.0
     half_life_s: float = 14_400.0
     min_rho: float = 0.02
@@ -121,6 +123,7 @@ class Params:
             "effect_times > 1": self.effect_times > 1,
             "0 < effect_points < 1": 0 < self.effect_points < 1,
             "warmup_attempts >= 0": self.warmup_attempts >= 0,
+            "cold_attempts > 0": self.cold_attempts > 0,
             "prior_attempts > 0": self.prior_attempts > 0,
             "half_life_s > 0": self.half_life_s > 0,
             "0 <= min_rho <= max_rho < 1": 0 <= self.min_rho <= self.max_rho < 1,
@@ -151,6 +154,7 @@ class _Scope:
             "onset": Column("<f8", g), "tenants": Column("<i2", g), "klass": Column("<i1", g), "hot": Column("|b1", g),
         })  # fmt: skip
         self.episodes = [Episodes(params.off_after, params.off_attempts) for _ in groups]
+        self.columns = [np.array([CLASS_INDEX[c] for c in group.classes]) for group in groups]
         self.matrix = np.zeros((len(CLASSES), g + 1), np.float32)
         for i, group in enumerate(groups):
             self.matrix[[CLASS_INDEX[c] for c in group.classes], i] = 1.0
@@ -193,9 +197,8 @@ class ErrorRatio:
     A total outage is said in the first window that holds `min_attempts` calls; a fault that comes and goes faster than
     `off_after` windows is one episode. `klass` is the class with most failures when the episode opened.
 
-    When it misleads: failures that concentrate in a few calls of a large series stay below `effect_points`; distinct tenants are
-    counted per class, so two tenants that fail with different classes count as one; a slow rise below the effect
-    size is learned, at a tenth of the speed.
+    When it misleads: failures that concentrate in a few calls of a large series stay below `effect_points`; a slow rise below
+    the effect size is learned, at a tenth of the speed.
 
     Source: Shin, Ramdas & Rinaldo (2022) for the e-CUSUM; Kish (1965), "Survey Sampling", for the effective size.
     """
@@ -254,8 +257,9 @@ class ErrorRatio:
         t, group, params = scope.table, scope.groups[g], self.params
         n = t["n"][slots].astype(np.float64)
         p = (t["k"][slots, g] + group.prior_ratio * params.prior_attempts) / (n + params.prior_attempts)
-        cold = n < params.warmup_attempts
-        p = np.where(cold, np.maximum(p, group.cold_ratio), p)
+        # What a young series has shown counts at once: a hundred calls without a failure are no reason to expect a tenth to fail.
+        young = (t["k"][slots, g] + group.cold_ratio * params.cold_attempts) / (n + params.cold_attempts)
+        p = np.where(n < params.warmup_attempts, np.maximum(p, young), p)
         rho = (t["over"][slots, g] + params.min_rho * _PRIOR_PAIRS) / (t["pairs"][slots] + _PRIOR_PAIRS)
         return np.clip(p, 1e-4, 0.95), np.clip(rho.astype(np.float64), params.min_rho, params.max_rho)
 
@@ -295,9 +299,8 @@ class ErrorRatio:
         t["m"][slots, span] = np.clip(m, 0.0, 2 * threshold)
 
         begins = before.max(axis=1) <= 0
-        failing = rollup.failing_tenants[rows][:, [CLASS_INDEX[c] for c in scope.groups[g].classes]].max(
-            axis=1
-        )
+        by_class = rollup.failing_tenants[rows][:, scope.columns[g]]
+        failing = by_class.max(axis=1)
         run_n = np.where(begins, 0, t["run_n"][slots, g]) + n
         run_k = np.where(begins, 0, t["run_k"][slots, g]) + counts[rows, g]
         most = np.maximum(np.where(begins, 0, t["tenants"][slots, g]), np.minimum(failing, 32_000))
@@ -309,10 +312,17 @@ class ErrorRatio:
         over_gate = (n >= params.min_attempts) & (ratio >= gate)
         enough = over_gate | ((run_n >= params.min_attempts) & (run_ratio >= gate))
         away = ratio > (p + gate) / 2
-        blamable = np.ones(len(rows), np.bool_)
+        alarm = (score >= threshold) & enough & away
         if scope.shared_by_many:
             blamable = (most >= params.min_failing_tenants) | (rollup.tenants[rows] == 0)
-        alarm = (score >= threshold) & enough & away & blamable
+            # Tenants are counted by class; where a mix of classes leaves it open how many fail, the cells know.
+            unsure = alarm & ~blamable & (by_class.sum(axis=1) >= params.min_failing_tenants)
+            for i in np.flatnonzero(unsure).tolist():
+                told = _failing_tenants(window, rollup.row_labels(int(rows[i])), scope.columns[g])
+                most[i] = max(int(most[i]), told)
+                t["tenants"][slots[i], g] = most[i]
+                blamable[i] = most[i] >= params.min_failing_tenants
+            alarm &= blamable
         return _Judged(rows, n, ratio, run_n, run_ratio, p, score, most, alarm, away, over_gate)
 
     def _speak(
@@ -331,9 +341,9 @@ class ErrorRatio:
         slots = rollup.ids[j.rows]
         step = episodes.step(slots, j.alarm, j.away, ~j.away, t["onset"][slots, g], j.n)
         if len(step.on):
-            columns = [CLASS_INDEX[c] for c in scope.groups[g].classes]
+            columns = scope.columns[g]
             worst = rollup.by_class[j.rows[step.on]][:, columns].argmax(axis=1)
-            t["klass"][slots[step.on], g] = np.asarray(columns)[worst]
+            t["klass"][slots[step.on], g] = columns[worst]
         accepted = step.still[window.end - episodes.since[slots[step.still]] > params.accept_after_s]
         still = np.setdiff1d(step.still, accepted, assume_unique=True)
         phases: tuple[tuple[Phase, Ints, bool], ...] = (
@@ -468,3 +478,16 @@ class ErrorRatio:
                 episodes.load(packed)
                 episodes.grow(len(scope.table.born))
         self._register()
+
+
+def _failing_tenants(window: Window, labels: dict[str, str], columns: Ints) -> int:
+    """Distinct tenants with a failure of one of the classes, among the cells that carry all `labels`; 0 where cells name none."""
+    cells = window.cells
+    if "tenant" not in cells.by or any(name not in cells.by for name in labels):
+        return 0
+    wanted = [(cells.by.index(name), value) for name, value in labels.items()]
+    tenant_at = cells.by.index("tenant")
+    failing = np.flatnonzero(cells.by_class[:, columns].any(axis=1))
+    told = (cells.labels[slot] for slot in cells.ids[failing].tolist())
+    found = {one[tenant_at] for one in told if all(one[at] == value for at, value in wanted)}
+    return len(found - {""})

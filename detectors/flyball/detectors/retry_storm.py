@@ -33,6 +33,7 @@ class Params(LevelParams):
     floor_sd_log: float = 0.35
     min_calls: int = 60
     blend_calls: float = 0.0
+    patience_windows: int = 6
     failing_ratio: float = 0.5
     rho: float = 0.02
 

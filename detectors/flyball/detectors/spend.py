@@ -33,6 +33,7 @@ class Params(LevelParams):
     min_windows: int = 3
     half_life_s: float = 7_200.0
     blend_calls: float = 0.0
+    patience_windows: int = 6
     off_calls: float = 0.0
     block_s: float = 60.0
     min_usd_per_min: float = 0.05
@@ -47,7 +48,7 @@ class Spend(LevelDetector):
     """USD per minute are at least three times what is normal for a tenant, app or team, for three minutes: signal `llm.cost`.
 
     Spend follows volume, and volume is wild: the scatter between blocks is learned per series, and evidence must last. A block is
-    judged when the next data of its series arrives. Impact is low (0.3 of the share in excess): spend alone is seldom a
+    judged when the next data of its series arrives; two without data end a run of high ones. Impact is low (0.3 of the share in excess): spend alone is seldom a
     reason to wake someone.
 
     When it misleads: on traffic that comes in rare bursts (a nightly batch) until the scatter has been learned; where cost is
@@ -63,6 +64,7 @@ class Spend(LevelDetector):
         super().__init__([Watch("llm.cost", by) for by in _SCOPES], self.params, budget)
         columns = {
             "block": Column("<f8", fresh=-1.0),
+            "before": Column("<f8", fresh=-1.0),
             "usd": Column(),
             "calls": Column(),
             "normal_calls": Column(),
@@ -86,6 +88,11 @@ class Spend(LevelDetector):
         done = (table["block"][ids] >= 0) & (table["block"][ids] < block)
         rows = np.flatnonzero(done & (table["usd"][ids] > 0))
         judged = ids[rows]
+        # A minute without calls is a minute without spend: what began before it is over.
+        paused = judged[table["block"][judged] - table["before"][judged] > 2]
+        if len(paused):
+            self.levels[watch].begin_anew(paused)
+        table["before"][judged] = table["block"][judged]
         usd = table["usd"][judged].astype(np.float64)
         calls = table["calls"][judged].astype(np.float64)
         # How many calls were normal, for the split of a rise; learned where no episode is open.

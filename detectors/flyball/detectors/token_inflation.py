@@ -13,7 +13,8 @@ from flyball.core.errors import ConfigError
 from flyball.detectors._budget import PageBudget
 from flyball.detectors._decompose import Usage, split_tokens
 from flyball.detectors._level import Evidence, Level, LevelDetector, LevelParams, Reading, Watch, variance_of
-from flyball.detectors._state import Column, Floats, Ints, Table, find_rollup, half_life_weight
+from flyball.detectors._mix import CellCodes, CellRows, by_row, tenant_scale
+from flyball.detectors._state import Bools, Column, Floats, Ints, Table, find_rollup, half_life_weight
 
 _COLUMN: Final = {"llm.input_tokens": "input_tokens", "llm.output_tokens": "output_tokens"}
 _APP: Final = ("app",)
@@ -71,7 +72,8 @@ class _Usage:
 class TokenInflation(LevelDetector):
     """Tokens per call depart from the normal of an app, prompt version, model within an app (or agent, if asked for).
 
-    Signals `llm.input_tokens` and `llm.output_tokens`. Judges the mean of ln(tokens), so one giant prompt weighs little.
+    Signals `llm.input_tokens` and `llm.output_tokens`. Judges the mean of ln(tokens), so one giant prompt weighs little, and holds
+    every tenant at a third of a window's calls, so that one client's burst weighs little too.
     A prompt version that is new starts with the normal of its predecessor (same name, other version), else of its app, widened by
     how much that app's prompts differ: a version that doubles the tokens is seen in its first windows.
 
@@ -93,7 +95,12 @@ class TokenInflation(LevelDetector):
         self._usage = {by: _Usage() for by in scopes}
         self._prompts: dict[str, list[tuple[str, int]]] = {}
         """app → [(prompt name, slot)], newest last."""
-        self._agents = _AgentCells()
+        self._cell_rows = {by: CellRows() for by in scopes}
+        self._tenant, self._agent = CellCodes(("tenant",)), CellCodes(("agent",))
+        self._seen = -np.inf
+        """Start of the window that `_tenants` and `_ours` (bool[cells]: calls that no agent made) are of: caches."""
+        self._tenants: Ints = np.zeros(0, np.int64)
+        self._ours: Bools = np.zeros(0, np.bool_)
         self._models: tuple[float, dict[str, list[int]], dict[int, int]] = (-np.inf, {}, {})
         """Start of the window it was made for, app → slots of its models, slot → row: a cache."""
 
@@ -101,12 +108,24 @@ class TokenInflation(LevelDetector):
 
     def read(self, watch: Watch, rollup: Rollup, window: Window) -> Reading | None:
         name = _COLUMN[watch.signal]
-        calls = rollup.counts[name].astype(np.float64)
-        logs, squares = rollup.sums[f"log_{name}"], rollup.sums[f"log2_{name}"]
-        if not self.params.judge_agents:
-            ours = self._agents.sums(window, rollup, name)
-            if ours is not None:
-                calls, logs, squares = calls - ours[0], logs - ours[1], squares - ours[2]
+        cells, n_rows = window.cells, len(rollup)
+        if len(cells) and set(watch.by) <= set(cells.by) and "tenant" in cells.by:
+            if self._seen != window.start:
+                self._seen = window.start
+                self._tenants = self._tenant.of(window)
+                self._ours = (
+                    self._agent.of(window) == 0 if "agent" in cells.by else np.ones(len(cells), np.bool_)
+                )
+            row = self._cell_rows[watch.by].of(window, rollup)
+            if not self.params.judge_agents:
+                row = np.where(self._ours, row, -1)
+            told = cells.counts[name].astype(np.float64)
+            scale = tenant_scale(row, self._tenants, told, n_rows)
+            parts = (told, cells.sums[f"log_{name}"], cells.sums[f"log2_{name}"])
+            calls, logs, squares = by_row(row, n_rows, *(scale * part for part in parts))
+        else:
+            calls = rollup.counts[name].astype(np.float64)
+            logs, squares = rollup.sums[f"log_{name}"], rollup.sums[f"log2_{name}"]
         rows = np.flatnonzero(calls > 0.5)
         n = calls[rows]
         x = logs[rows] / n
@@ -222,7 +241,9 @@ class TokenInflation(LevelDetector):
         for by, packed in state["usage"]:
             self._usage[tuple(by)].table.load(packed)
         self._prompts = {app: [(name, slot) for name, slot in prompts] for app, prompts in state["prompts"]}
-        self._agents = _AgentCells()
+        self._cell_rows = {by: CellRows() for by in self._cell_rows}
+        self._tenant, self._agent = CellCodes(("tenant",)), CellCodes(("agent",))
+        self._seen = -np.inf
         self._models = (-np.inf, {}, {})
 
 
@@ -236,39 +257,3 @@ def _usage_of(rollup: Rollup, row: int, per_minute: float) -> Usage:
         float(rollup.sums["input_tokens"][row]) * per_minute,
         float(rollup.sums["output_tokens"][row]) * per_minute,
     )
-
-
-class _AgentCells:
-    """What calls with an agent label add to the rows of a roll-up. A cache over cell slots; holds nothing that a snapshot needs."""
-
-    def __init__(self) -> None:
-        self._cells = Table({"agent": Column("|b1")})
-        self._seen: tuple[float, Ints] = (-np.inf, np.zeros(0, np.int64))
-
-    def _rows(self, window: Window) -> Ints:
-        """Rows of `window.cells` whose calls were made by an agent."""
-        cells = window.cells
-        if "agent" not in cells.by or not len(cells):
-            return np.zeros(0, np.int64)
-        if self._seen[0] != window.start:
-            at = cells.by.index("agent")
-            for slot in self._cells.align(cells).tolist():
-                self._cells["agent"][slot] = cells.labels[slot][at] != ""
-            self._seen = (window.start, np.flatnonzero(self._cells["agent"][cells.ids]))
-        return self._seen[1]
-
-    def sums(self, window: Window, rollup: Rollup, name: str) -> tuple[Floats, Floats, Floats] | None:
-        """Calls, sum of ln, sum of ln² of agents' calls by row of `rollup`; None where there are none."""
-        rows = self._rows(window)
-        if not len(rows):
-            return None
-        cells = window.cells
-        places = [cells.by.index(label) for label in rollup.by]
-        row_of = {rollup.labels[slot]: row for row, slot in enumerate(rollup.ids.tolist())}
-        labels = (cells.labels[slot] for slot in cells.ids[rows].tolist())
-        target = np.array([row_of.get(tuple(one[p] for p in places), -1) for one in labels], np.int64)
-        there = target >= 0
-        rows, target, n = rows[there], target[there], len(rollup)
-        weights = (cells.counts[name], cells.sums[f"log_{name}"], cells.sums[f"log2_{name}"])
-        out = [np.bincount(target, weights=w[rows], minlength=n).astype(np.float64) for w in weights]
-        return out[0], out[1], out[2]
