@@ -29,6 +29,7 @@ from flyball.incidents.signals import (
     EGRESS,
     GATEWAY_LOCAL,
     NAMED_ONLY,
+    error_family,
     group_of,
     leading_order,
     rank_of,
@@ -40,6 +41,8 @@ Item: TypeAlias = Window | Anomaly | Change | Decision | DirectiveChange | Outco
 
 _SETTLING_S: Final = 120.0
 """For so long after opening, every window may still correct the root."""
+_TOGETHER_S: Final = 30.0
+"""What begins so soon after an incident may be its cause, seen late: windows and scrapes end when they end."""
 _MAX_SAMPLES: Final = 20_000
 
 
@@ -140,7 +143,8 @@ class Correlator(Desk):
             taken = {fresh[0].id}
             taken |= {a.id for a in self._neighbours(found, fresh[1:]) if self._join(found, a, touched)}
             fresh = [a for a in fresh if a.id not in taken]
-        for key in sorted(touched):
+        # Open ones first: what they turn out to explain does not open beside them.
+        for key in sorted(touched, key=lambda k: (k in self._open and self._open[k].opening, k)):
             if key in self._open:
                 case = self._open[key]
                 self._after_round(case, joined=touched[key], was_active=was_active.get(key, False))
@@ -359,20 +363,38 @@ class Correlator(Desk):
             self._recount(case)
 
     def _reroot(self, case: Case) -> None:
-        """Looks again who explains most, now that more is known. The root changes only for a clearly better one."""
-        lead = min(case.primary(), key=leading_order)
+        """Looks again who explains most, now that more is known. The root changes only for a clearly better one.
+
+        What explains the beginning stays the root: anomalies that began later are consequences (clients that try again, caches
+        that are cold after a failover) and lead nowhere. Once the incident is minutes old, or something was done about
+        it, the root only widens, because what is seen then is no longer the fault alone.
+        """
+        many = self._many(case)
+        early = self._early(case)
+        lead = min(early, key=leading_order, default=case.lead)
         upgraded = rank_of(lead) < rank_of(case.lead)
         if upgraded or not case.members[case.leader].on:
-            on = [a for a in case.active() if upgraded or a.signal == case.lead.signal]
-            lead = min(on, key=leading_order) if on else lead
+            on = [
+                a for a in early
+                if case.members[a.id].on and (upgraded or (a.signal == case.lead.signal and _same_family(a, case.lead)))
+            ]  # fmt: skip
+            if on:
+                lead = min(on, key=leading_order)
+            elif not upgraded:
+                if many is None:
+                    return  # what is over explains nothing new
+                lead = case.lead
             case.leader = lead.id
             if upgraded:
                 self._note(case, f"{lead.signal} is nearer to the cause than {case.incident.signal}")
                 self._change(case, signal=lead.signal, klass=lead.klass)
         lead = case.lead
-        root = self._many(case) or self._root(lead, case.incident.since, self._others(case))
+        root = many or self._root(lead, case.incident.since, self._others(case))
         current = case.incident.root
         better = root.confidence - root.confidence_of(current) >= self.settings.root_margin
+        settled = bool(case.effects) or self._now - case.incident.at > _SETTLING_S
+        if settled and many is None:
+            better = better and root.scope.items() <= case.incident.scope.items()
         if root.entity == current:
             self._set_root(
                 case, root if root.scope == case.incident.scope else _with_scope(root, case.incident.scope)
@@ -380,6 +402,12 @@ class Correlator(Desk):
         elif better or upgraded or case.opening:
             self._set_root(case, root)
             self._merge_same_root(case)
+
+    def _early(self, case: Case) -> list[Anomaly]:
+        """Anomalies that began with the incident, and before anything was done about it."""
+        until = case.incident.since + _TOGETHER_S
+        acted = min((e.granted_at for e in case.effects.values()), default=until)
+        return [a for a in case.primary() if a.since <= min(until, acted)]
 
     def _others(self, case: Case) -> list[dict[str, str]]:
         return [
@@ -473,6 +501,10 @@ def _last_word(old: Anomaly, a: Anomaly) -> Anomaly:
         return msgspec.structs.replace(a, since=since)
     why = {k: a.evidence[k] for k in ("why", "over") if k in a.evidence}
     return msgspec.structs.replace(old, at=a.at, since=since, phase="off", evidence={**old.evidence, **why})
+
+
+def _same_family(a: Anomaly, b: Anomaly) -> bool:
+    return group_of(a.signal) != "errors" or error_family(a.klass) == error_family(b.klass)
 
 
 def _with_scope(root: Root, scope: dict[str, str]) -> Root:

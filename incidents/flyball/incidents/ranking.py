@@ -67,6 +67,8 @@ _SIBLINGS: Final[dict[str, tuple[tuple[str, ...], str]]] = {
 }
 _SHARPNESS: Final = 30.0
 """Nats by which an explanation loses that explains nothing: keeps a large count from claiming certainty."""
+_HEAP: Final = 3.0
+"""Variance over mean of one call's tokens or seconds, in units of their mean: 1 + cv² of a lognormal with sigma 1 is 2.7."""
 _PER_KIND: Final = 4
 _SHOWN: Final = 5
 _MIN_CALLS: Final = 5
@@ -187,9 +189,10 @@ class Ranker:
     ) -> list[_Candidate]:
         calls = float(measure.count.sum())
         spec = spec_of(leader.signal, leader.klass)
-        # Tokens and seconds come in heaps: they are scaled to "so many calls' worth", or their sheer size would be evidence.
+        # Tokens and seconds come in heaps: they are scaled to "so many calls' worth", or their sheer size would be evidence, and a
+        # few long calls would.
         counts = spec is not None and (spec.kind == "errors" or spec.column == "calls")
-        unit = 1.0 if counts else calls / total_expected
+        unit = 1.0 if counts else calls / total_expected / _HEAP
         found: list[_Candidate] = []
         of_leader = {k: v for k, v in leader.labels.items() if k in LABEL_POSITION and v}
         for kind, by in KINDS:
@@ -228,7 +231,7 @@ class Ranker:
                 np.log(prior.get(c.entity.kind, 0.05))
             )
             change = next(
-                (x for x in reversed(changes) if x.at <= since + 60.0 and c.entity.matches(x.labels)), None
+                (x for x in reversed(changes) if x.at <= since + 60.0 and _is_about(x, c.entity)), None
             )
             if change is not None:
                 c.log_weight += float(np.log(_CHANGED_FACTOR))
@@ -399,6 +402,12 @@ class Ranker:
         inside = measure.mask(c.scope)
         own = _rate(float(measure.now[inside].sum()), float(measure.expected[inside].sum()))
         return _rate(now, expected) < 0.3 * own, f"{noun}: {words.rate(now, expected, n)}"
+
+
+def _is_about(change: Change, entity: Entity) -> bool:
+    """A deploy of a prompt version names its app as well, and is about the version."""
+    narrower = change.labels.get("prompt") and entity.kind in ("app", "team")
+    return entity.matches(change.labels) and not narrower
 
 
 def _rate(now: float, expected: float) -> float:
