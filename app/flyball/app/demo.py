@@ -216,7 +216,7 @@ def run_demo(seconds: float, seed: int, keep: Path | None) -> int:
 
 async def _demo(seconds: float, seed: int, folder: Path, console: Console, *, kept: bool) -> int:
     settings = load(
-        None, data=folder, port=_free_port(), mode="auto", window_s=2.0, lateness_s=1.0, max_delay_s=6.0
+        None, data=folder, port=_free_port(), mode="auto", window_s=2.0, lateness_s=1.0, max_delay_s=24.0
     )
     watch = Watch()
     runtime = _runtime(settings, watch)
