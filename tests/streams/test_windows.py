@@ -174,7 +174,7 @@ def test_tenants_and_failing_tenants_are_counted_once() -> None:
         call(100.0, tenant="", team="c", error="timeout"), call(100.0, tenant="", team=""),
     )  # fmt: skip
     total = w.flush()[0].rollups[("provider",)]
-    assert total.tenants.tolist() == [4]
+    assert total.tenants.tolist() == [3]  # who names neither tenant nor team is nobody
     told = {
         name: int(total.failing_tenants[0, CLASS_INDEX[name]])
         for name in ("", "timeout", "auth", "overloaded")

@@ -69,7 +69,7 @@ class Rollup:
     by_class: Ints
     """int64[n, len(CLASSES)]: calls by error class, column 0 = success."""
     tenants: Ints
-    """int64[n]: distinct tenants (or keys, where tenants are not told) that called."""
+    """int64[n]: distinct tenants (teams, where no tenant is told) that called; 0 where no call tells either."""
     failing_tenants: Ints
     """int64[n, len(CLASSES)]: distinct tenants with at least one failure of the class; column 0 is unused (0)."""
     sums: Mapping[str, Floats]

@@ -23,6 +23,8 @@ DEFAULT_ROLLUPS: Final[tuple[Labels, ...]] = (
 
 _UNRESOLVED: Final = -2
 _NONE: Final = -1
+_NOBODY: Final = 0
+"""Code of calls that tell neither tenant nor team."""
 _TEAM, _TENANT = BASE_LABELS.index("team"), BASE_LABELS.index("tenant")
 _FIRST_CAPACITY: Final = 64
 
@@ -128,7 +130,7 @@ class RollupBuilder:
         """[roll-up, cell slot]: the slot of the series that the cell belongs to."""
         self._who: Ints = np.empty(0, np.int64)
         """[cell slot]: code of the tenant (else team) of the cell."""
-        self._who_of: dict[str, int] = {}
+        self._who_of: dict[str, int] = {"": _NOBODY}
 
     def build(
         self, start: float, end: float, sums: CellSums, cells: CellTable, samples: Samples, live: bool
@@ -146,11 +148,12 @@ class RollupBuilder:
             fine[name] = histogram_of_codes(
                 row_of_slot[codes >> BUCKET_BITS] << BUCKET_BITS | codes & (BUCKETS - 1), counts
             )
-        failing = np.minimum(by_class, 1)
+        named = self._who[slots] != _NOBODY
+        failing = np.minimum(by_class, named[:, None].astype(np.int64))
         failing[:, 0] = 0
         cell_rollup = Rollup(
             by=BASE_LABELS, ids=slots, capacity=cells.capacity, born=cells.born[slots], labels=cells.labels, calls=calls,
-            by_class=by_class, tenants=np.ones(len(slots), np.int64), failing_tenants=failing,
+            by_class=by_class, tenants=named.astype(np.int64), failing_tenants=failing,
             sums={name: sums.sums[i, slots] for i, name in enumerate(SUMS)},
             counts={name: sums.counts[i, slots] for i, name in enumerate(FIELDS)}, histograms=fine,
         )  # fmt: skip
@@ -168,7 +171,7 @@ class RollupBuilder:
         if not cells.changed:
             return
         if len(self._who_of) > 2 * cells.capacity:
-            self._who_of.clear()
+            self._who_of = {"": _NOBODY}
             cells.changed = [slot for slot, labels in enumerate(cells.labels) if labels]
         self._groups[:, cells.changed] = _UNRESOLVED
         codes, labels = self._who_of, cells.labels
@@ -232,13 +235,15 @@ class RollupBuilder:
         )  # fmt: skip
 
     def _distinct(self, rows: Ints, n: int, fine: _Fine) -> tuple[Ints, Ints]:
-        """Distinct tenants of every row, and those with failures by class."""
+        """Distinct tenants of every row, and those with failures by class; calls that name nobody count for none."""
         width = len(self._who_of) + 1
-        tenants = np.bincount(distinct(rows * width + fine.who) // width, minlength=n + 1)[:n]
+        named = fine.who != _NOBODY
+        tenants = np.bincount(distinct(rows[named] * width + fine.who[named]) // width, minlength=n + 1)[:n]
         failing = np.zeros((n + 1, N_CLASSES), np.int64)
         if len(fine.failing_cell):
             row_and_class = rows[fine.failing_cell] * N_CLASSES + fine.failing_class
-            triples = distinct(row_and_class * width + fine.who[fine.failing_cell])
+            triples = row_and_class * width + fine.who[fine.failing_cell]
+            triples = distinct(triples[named[fine.failing_cell]])
             np.add.at(failing.reshape(-1), triples // width, 1)
         return tenants, failing[:n]
 
