@@ -6,12 +6,12 @@ from importlib.resources import files as package_files
 from typing import Final
 
 _SETTINGS: Final = """\
-# Flyball's settings. Everything here has this default; delete what you do not change. All settings: docs/settings.md
+# Flyball's settings: what stands here is the default, unless it says otherwise. All settings: docs/settings.md
 
 host: 127.0.0.1        # other addresses need `tokens`
 port: 4390
-data: flyball-data     # folder of the database
-runbooks: [runbooks]   # a runbook named like a shipped one replaces it
+data: flyball-data     # folder of the database; paths count from where you start Flyball
+runbooks: [runbooks]   # default: the shipped ones alone; one of the same name replaces a shipped one
 
 # What Flyball may do by itself: observe < suggest < approve < auto. A runbook's own mode must allow it too.
 mode: suggest
@@ -25,6 +25,8 @@ page_severity: high
 #   channels:
 #     - kind: slack
 #       url: {env: SLACK_WEBHOOK_URL}       # secrets may come from variables
+#   egress:
+#     networks: [10.0.0.0/8]                # only for receivers in your own network
 
 # GPUs and inference servers:
 # scrape:
