@@ -59,9 +59,10 @@ def naive(
         who = told["tenant"] or told["team"]
         row["calls"] += 1
         row["class", klass] += 1
-        row.setdefault("who", set()).add(who)
+        # Who tells neither tenant nor team is nobody.
+        row.setdefault("who", set()).update({who} - {""})
         if klass:
-            row.setdefault(("failing", klass), set()).add(who)
+            row.setdefault(("failing", klass), set()).update({who} - {""})
         for name in set(COUNTED.values()):
             value = getattr(c, name)
             if value is not None:
