@@ -98,7 +98,10 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on. Other than loopback needs `tokens`.")
     port: int = Field(4390, ge=0, le=65535, description="Port to listen on.")
-    data: Path = Field(Path("flyball-data"), description="Folder of the database.")
+    data: Path = Field(
+        Path("flyball-data"),
+        description="Folder of the database. Paths in the settings file count from the file, others from where Flyball is started.",
+    )
     runbooks: list[Path] = Field(
         default_factory=list,
         description="Folders or files with runbooks; a runbook named like a shipped one replaces it.",
@@ -196,7 +199,7 @@ def load(config: Path | None = None, **overrides: Any) -> Settings:
             raise ConfigError(f"is not YAML ({getattr(e, 'problem', e)})", where=f"{config}{at}") from e
         if not isinstance(loaded, dict):
             raise ConfigError("holds no settings; write `name: value` lines", where=str(config))
-        content = with_secrets(loaded, os.environ, str(config))
+        content = _beside(with_secrets(loaded, os.environ, str(config)), config.parent)
     given = {k: v for k, v in overrides.items() if v is not None}
     _File.content.clear()
     _File.content.update(content)
@@ -212,6 +215,22 @@ def load(config: Path | None = None, **overrides: Any) -> Settings:
             where="host",
         )
     return settings
+
+
+def _beside(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Relative paths of a file count from the file, so that it means the same wherever Flyball is started."""
+
+    def placed(value: Any) -> Any:
+        return str(folder / value) if isinstance(value, str) else value
+
+    found = dict(content)
+    if "data" in found:
+        found["data"] = placed(found["data"])
+    if isinstance(found.get("runbooks"), list):
+        found["runbooks"] = [placed(v) for v in found["runbooks"]]
+    if isinstance(found.get("notify"), dict) and "templates" in found["notify"]:
+        found["notify"] = found["notify"] | {"templates": placed(found["notify"]["templates"])}
+    return found
 
 
 def _all_of(error: ValidationError, config: Path | None, given: set[str], content: dict[str, Any]) -> str:

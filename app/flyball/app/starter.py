@@ -10,7 +10,7 @@ _SETTINGS: Final = """\
 
 host: 127.0.0.1        # other addresses need `tokens`
 port: 4390
-data: flyball-data     # folder of the database; paths count from where you start Flyball
+data: flyball-data     # folder of the database; paths count from this file
 runbooks: [runbooks]   # default: the shipped ones alone; one of the same name replaces a shipped one
 
 # What Flyball may do by itself: observe < suggest < approve < auto. A runbook's own mode must allow it too.
