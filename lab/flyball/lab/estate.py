@@ -16,6 +16,8 @@ from flyball.lab._draws import Floats
 
 Priority = Literal["high", "normal", "low"]
 Style = Literal["coder", "researcher", "support"]
+TENANT_SIGMA = 0.25
+"""How much tenants differ in the length of what they write, in ln units."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,16 @@ class App:
     priority: Priority = "normal"
     max_retries: int = 1
     timeout_s: float = 120.0
+
+    @property
+    def input_spread_log(self) -> float:
+        """Standard deviation of ln(input tokens) from call to call, tenants' own habits among it; the rare tail left out."""
+        nodes, weights = np.polynomial.hermite_e.hermegauss(40)
+        sigma = float(np.hypot(self.input_sigma, TENANT_SIGMA))
+        logs = np.log(self.system_tokens + self.input_median_tokens * np.exp(sigma * nodes))
+        weights = weights / weights.sum()
+        mean = float((weights * logs).sum())
+        return float(np.sqrt((weights * (logs - mean) ** 2).sum()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,13 @@ class Truth:
     """What is the matter, as a judge would put it.
 
     `root` is the entity at fault; `accepted` holds it and others that a fair judge would let pass (empty: any).
-    `signals` and `classes` are what the incident may say (empty: any). `enough` is how many affected events make up
-    enough evidence; `min_tenants` of how many tenants they must be.
+    `signals` and `classes` are what the incident may say (empty: any).
+
+    Enough evidence is what makes the departure certain to the best of all tests that keep the page budget: one that knows
+    which series to look at and what its normal is. `enough` is how many affected events that takes (see `events_needed`),
+    and never fewer than a person should be woken for; `min_tenants` of how many tenants they must be, before what serves
+    them all may be blamed; `lasts_s` over how long they must be spread: levels move for the length of one client's burst, so one
+    window is no departure.
     """
 
     kind: str
@@ -49,6 +54,52 @@ class Truth:
     min_tenants: int = 1
     pages_least: int = 1
     """1 where somebody must be woken, 0 where that is a matter of taste; two pages are always one too many."""
+    lasts_s: float = 0.0
+
+
+BUDGET_NATS: Final = 19.5
+"""Evidence that an alarm needs at two false pages a week over 10,000 series judged every 10 s: ln(10,000 * 60,480 / 2)."""
+_SURE: Final = 2.33
+"""Standard deviations of a normal variable that are not exceeded 99 times in a hundred."""
+
+
+def events_needed(mean_nats: float, variance_nats: float) -> float:
+    """Events after which the best sequential test has reached the page budget's threshold 99 times in a hundred.
+
+    Its log-likelihood ratio grows by `mean_nats` an event with `variance_nats`: n * mean - 2.33 * sqrt(n * variance) = threshold.
+    Source: Wald (1945), "Sequential tests of statistical hypotheses"; normal approximation of the sum.
+
+    >>> round(events_needed(0.5, 1.0))
+    81
+    """
+    spread = _SURE * math.sqrt(variance_nats)
+    return ((spread + math.sqrt(spread**2 + 4 * mean_nats * BUDGET_NATS)) / (2 * mean_nats)) ** 2
+
+
+def failures_needed(share: float, normal: float = 0.006) -> int:
+    """Failed calls that prove that `share` of the calls fail where `normal` did; at least ten.
+
+    `normal` is the floor of errors that the lab's providers always have.
+
+    >>> failures_needed(0.95), failures_needed(0.6), failures_needed(0.25)
+    (10, 12, 19)
+    """
+    share = min(share, 0.99)
+    failed, well = math.log(share / normal), math.log((1 - share) / (1 - normal))
+    mean = share * failed + (1 - share) * well
+    needed = events_needed(mean, share * (1 - share) * (failed - well) ** 2)
+    return max(10, math.ceil(share * needed - 0.5))
+
+
+def calls_needed(factor: float, spread_log: float) -> int:
+    """Calls that prove that a level is `factor` times its normal, where ln(value) has a standard deviation of `spread_log`
+    from call to call; at least twenty.
+
+    >>> calls_needed(3.0, 0.8), calls_needed(2.0, 0.7)
+    (43, 83)
+    """
+    mean = math.log(factor) ** 2 / (2 * spread_log**2)
+    return max(20, math.ceil(events_needed(mean, 2 * mean)))
 
 
 @runtime_checkable
@@ -110,7 +161,8 @@ class ProviderOutage:
         classes = tuple(dict.fromkeys(CLASS_OF_CODE[c] for c in self.fails_with))
         kind = "square_wave" if self.on_s else self.kind
         accepted = (root, self.target) if self.model else (root,)
-        return Truth(kind, self.start, self.end, root, accepted, ("llm.errors",), classes, 10, 2)
+        enough = failures_needed(self.share)
+        return Truth(kind, self.start, self.end, root, accepted, ("llm.errors",), classes, enough, 2)
 
     def on_answers(self, estate: Estate, a: Answers) -> Mask:
         at = a.calls["start"]
@@ -256,7 +308,11 @@ class SlowProvider:
 
     def truth(self) -> Truth:
         signals = ("llm.latency", "llm.ttft", "llm.errors")
-        return Truth(self.kind, self.start, self.end, self.target, (self.target,), signals, (), 40, 2)
+        # Within one app, times of calls spread by about 0.8 (ln): so do the lengths of their answers.
+        enough = calls_needed(self.factor, 0.8)
+        return Truth(
+            self.kind, self.start, self.end, self.target, (self.target,), signals, (), enough, 2, lasts_s=10.0
+        )
 
     def on_answers(self, estate: Estate, a: Answers) -> Mask:
         hit: Mask = _during(self.start, self.end, a.calls["start"])
@@ -276,6 +332,8 @@ class PromptInflation:
     start: float
     end: float = math.inf
     output_factor: float = 1.0
+    spread_log: float = 0.7
+    """Standard deviation of ln(tokens) from call to call of the app; the simulator fills it in."""
 
     @property
     def app(self) -> str:
@@ -287,7 +345,10 @@ class PromptInflation:
 
     def truth(self) -> Truth:
         signals = ("llm.input_tokens", "llm.output_tokens", "llm.cost")
-        return Truth(self.kind, self.start, self.end, self.target, (self.target,), signals, (), 60, 2)
+        enough = calls_needed(max(self.factor, self.output_factor), self.spread_log)
+        return Truth(
+            self.kind, self.start, self.end, self.target, (self.target,), signals, (), enough, 2, lasts_s=10.0
+        )
 
     def on_calls(self, estate: Estate, calls: Records, names: Names) -> Mask:
         """Changes first attempts: tokens and prompt version. Further attempts carry theirs along."""

@@ -1,9 +1,9 @@
 """How well a governor does in the lab: every fault over many seeds, and days in which nothing is wrong.
 
 Each fault runs by itself: a warm-up of quiet traffic, the fault, its recovery. The ground truth is the simulator's own.
-"Enough evidence" is when the fault has marked as many events as its `Truth` says (ten failed calls of two tenants for a
-provider, six steps of a loop, one sample of a GPU); the bar of the delay counts from there, as one window and the
-wait for the senders.
+"Enough evidence" is when the fault has marked as many events as its `Truth` says: what makes it certain to the best test that
+keeps the page budget (a dozen failed calls of two tenants for a provider, dozens of calls for a level that moved, six steps
+of a loop, one sample of a GPU). The bar of the delay counts from there, as one window and the wait for the senders.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ SCRAPE_S: Final = 15.0
 FAULT_RATE: Final = 10.0
 QUIET_RATE: Final = 5.0
 DAY_S: Final = 86_400.0
+LENGTH_S: Final = {"prompt_inflation": 420.0}
+"""How long a fault stays, where 240 s are too short for enough evidence: an app of one call a second with prompts of every
+length shows a doubling after three minutes."""
 
 Scenario = Callable[[Lab, int], object]
 
@@ -107,6 +110,7 @@ class Result:
     seconds: float = 0.0
     calls: int = 0
     events: int = 0
+    incidents: int = 0
     found: list[str] = field(default_factory=list)
 
 
@@ -136,7 +140,7 @@ def run_job(job: Job) -> Result:
     if not job.fault:
         lab.run(job.length_s)
         result = Result("", job.seed, pages_least=0, other_pages=len(lab.pages()))
-        result.found = [_described(i, at) for at, i in lab.paged()]
+        result.found = [_described(i, lab.opened_at(i.id)) for i in lab.incidents()]
     else:
         FAULTS[job.fault](lab, job.seed)
         lab.run(job.length_s)
@@ -144,6 +148,7 @@ def run_job(job: Job) -> Result:
         lab.run(job.length_s + job.recovery_s)
         result = judge(lab, job)
     result.directives = sum(c.change == "granted" for c in lab.directive_changes())
+    result.incidents = len(lab.incidents())
     result.seconds, result.calls, result.events = lab.now, lab.sim.totals.calls, lab.sim.totals.events
     return result
 
@@ -229,7 +234,11 @@ def jobs(
         if name not in FAULTS:
             raise ConfigError(f"no fault {name!r}{did_you_mean(name, FAULTS)}", where="lab score")
     quiet = [Job(governor, "", 1000 + d, quiet_rate, 0.0, DAY_S, 0.0, 5.0) for d in range(days)]
-    return quiet + [Job(governor, f, s, fault_rate, 720.0, 240.0, 180.0, 1.0) for f in faults for s in seeds]
+    return quiet + [
+        Job(governor, f, s, fault_rate, 720.0, LENGTH_S.get(f, 240.0), 180.0, 1.0)
+        for f in faults
+        for s in seeds
+    ]
 
 
 def score(
@@ -284,6 +293,11 @@ def table(results: Sequence[Result]) -> ScoreTable:
     if quiet:
         rows.append(_at_most("lab.quiet.false_pages", sum(r.other_pages for r in quiet), "pages", 0.0))
         rows.append(_at_most("lab.quiet.directives", sum(r.directives for r in quiet), "directives", 0.0))
+        days = sum(r.seconds for r in quiet) / DAY_S
+        unpaged = sum(r.incidents - r.other_pages for r in quiet) / days
+        rows.append(
+            Row("lab.quiet.incidents_without_page", round(unpaged, 2), "per day", None, None, None, None)
+        )
         rows.append(
             Row(
                 "lab.quiet.days", round(sum(r.seconds for r in quiet) / DAY_S, 3), "d", None, None, None, None

@@ -39,12 +39,14 @@ class Shown:
     first: list[tuple[float, int]] = field(default_factory=list)
     count: int = 0
 
-    def evidence_at(self, enough: int, min_tenants: int) -> float | None:
-        """When the `enough`-th event that shows the fault ended, of at least `min_tenants` tenants; None if never."""
+    def evidence_at(self, enough: int, min_tenants: int, lasts_s: float = 0.0) -> float | None:
+        """When the `enough`-th event that shows the fault ended, of at least `min_tenants` tenants and `lasts_s` after the first
+        of them; None if never."""
         tenants: set[int] = set()
-        for n, (at, tenant) in enumerate(sorted(self.first), start=1):
+        told = sorted(self.first)
+        for n, (at, tenant) in enumerate(told, start=1):
             tenants.add(tenant)
-            if n >= enough and len(tenants) >= min_tenants:
+            if n >= enough and len(tenants) >= min_tenants and at - told[0][0] >= lasts_s:
                 return at
         return None
 
@@ -115,6 +117,7 @@ class Simulator:
             fault = replace(fault, run=name)
             self._agents.set_loop(name, fault)
         if isinstance(fault, PromptInflation):
+            fault = replace(fault, spread_log=estate.apps[estate.app_index[fault.app]].input_spread_log)
             if fault.prompt not in self._names.prompts:
                 self._names.prompts.append(fault.prompt)
             self._announce(fault.start, fault.app, fault.prompt)
@@ -140,7 +143,7 @@ class Simulator:
     def evidence_at(self, number: int) -> float | None:
         """When the fault had shown itself often enough to be seen; None while it has not."""
         truth = self.faults[number].truth()
-        return self.shown[number].evidence_at(truth.enough, truth.min_tenants)
+        return self.shown[number].evidence_at(truth.enough, truth.min_tenants, truth.lasts_s)
 
     def set_directives(self, directives: Iterable[Directive]) -> None:
         """The leases that the gateway obeys from now on."""

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from flyball.lab._draws import Floats, Ints, Records, generator, mix, mix_int
-from flyball.lab.estate import Estate
+from flyball.lab.estate import TENANT_SIGMA, Estate
 
 BLOCK_S: Final = 60.0
 BUCKET_S: Final = 10.0
@@ -79,7 +79,7 @@ class Traffic:
                 self._route_model[i, j:] = estate.model_index[route.model]
         # Some tenants write long, some short: the mix of tenants moves the averages, as it does in life.
         own = generator(seed, 4)
-        self._tenant_in: Floats = np.exp(own.normal(0.0, 0.25, estate.n_tenants))
+        self._tenant_in: Floats = np.exp(own.normal(0.0, TENANT_SIGMA, estate.n_tenants))
         self._tenant_out: Floats = np.exp(own.normal(0.0, 0.2, estate.n_tenants))
         self._knots: dict[int, Floats] = {}
 
