@@ -308,12 +308,15 @@ class Correlator(Desk):
         return self._begin(leader, root, touched)
 
     def _root(self, leader: Anomaly, since: float, without: Sequence[Mapping[str, str]] = ()) -> Root:
-        if spec_of(leader.signal, leader.klass) is not None:
-            near = [c for c in self._changes if abs(c.at - since) <= self.settings.changes_s]
-            root = self._ranker.rank(leader, since, near, without)
-            if root is not None:
-                return root
-        return root_by_labels(leader, self._graph.expand(leader.labels))
+        return self._ranked(leader, since, without) or root_by_labels(
+            leader, self._graph.expand(leader.labels)
+        )
+
+    def _ranked(self, leader: Anomaly, since: float, without: Sequence[Mapping[str, str]]) -> Root | None:
+        if spec_of(leader.signal, leader.klass) is None:
+            return None
+        near = [c for c in self._changes if abs(c.at - since) <= self.settings.changes_s]
+        return self._ranker.rank(leader, since, near, without)
 
     def _same_or_wider(self, root: Root, rivals: Sequence[Case]) -> Case | None:
         """An open incident with this root, or with one that lies within it and so widens."""
@@ -388,8 +391,11 @@ class Correlator(Desk):
             if upgraded:
                 self._note(case, f"{lead.signal} is nearer to the cause than {case.incident.signal}")
                 self._change(case, signal=lead.signal, klass=lead.klass)
-        lead = case.lead
-        root = many or self._root(lead, case.incident.since, self._others(case))
+        root = many or self._ranked(case.lead, case.incident.since, self._others(case))
+        if root is None:
+            if not (upgraded or case.opening):
+                return  # the cells show nothing: no reason to leave what they showed
+            root = root_by_labels(case.lead, self._graph.expand(case.lead.labels))
         current = case.incident.root
         better = root.confidence - root.confidence_of(current) >= self.settings.root_margin
         settled = bool(case.effects) or self._now - case.incident.at > _SETTLING_S

@@ -115,10 +115,24 @@ class Joiner:
             return 1.0
         if any(k in a.labels and a.labels[k] != v for k, v in scope.items()):
             return 0.0
+        if group_of(a.signal) == "retries" and case.group == "errors":
+            followed = self._failures_of(case, a)
+            if followed >= self._settings.explained_ratio:
+                return followed
         share = self.explained(a, self.scopes(scope))
         if share is None:
             return 0.5 if _within(a.labels, scope) or self._used(case, a) else 0.0
         return share if share >= self._settings.explained_ratio else 0.0
+
+    def _failures_of(self, case: Case, a: Anomaly) -> float:
+        """Share of what fails for those who try again that fails where the incident is: a storm follows its failures, also
+        where the calls that it adds are too few, or elsewhere, to tell by themselves."""
+        spec = spec_of(case.incident.signal, case.incident.klass)
+        measure = None if spec is None else self._cells.measure(spec, case.incident.since)
+        labels = {k: v for k, v in a.labels.items() if k in LABEL_POSITION}
+        return (
+            0.0 if measure is None or not labels else measure.share(labels, self.scopes(case.incident.scope))
+        )
 
     def _used(self, case: Case, a: Anomaly) -> bool:
         """Whether an anomaly without an excess of its own to place is about calls that the incident hits: what an app
