@@ -35,7 +35,8 @@ _FIELDS: Final = (
 _AT: Final = {name: i for i, name in enumerate(_FIELDS)}
 _PRIOR_WINDOWS: Final = 10.0
 """Weight of what is believed about the scatter between windows before any was seen."""
-_PRIOR_CALLS: Final = 20.0
+_PRIOR_WITHIN: Final = 2.0
+"""Weight, in windows, of what is believed about the variance among the calls of a window (1.0) before any was seen."""
 _MEMORY: Final = np.float32(360.0)
 """Windows that a learned scatter rests on at most: 360 windows of 10 s are the default half-life."""
 
@@ -347,11 +348,8 @@ def _variance(s: Singles, c: Singles, is_mean: bool, params: LevelParams) -> tup
     known = np.minimum(s[_AT["windows"]], _MEMORY)
     mass = s[_AT["mass"]] + np.float32(_PRIOR_WINDOWS)
     between = np.maximum((s[_AT["between"]] + floor * np.float32(_PRIOR_WINDOWS)) / mass, floor)
-    within = (
-        (s[_AT["within"]] * known + np.float32(_PRIOR_CALLS)) / (known + np.float32(_PRIOR_CALLS)) / c
-        if is_mean
-        else np.float32(0)
-    )
+    prior = np.float32(_PRIOR_WITHIN)
+    within = (s[_AT["within"]] * known + prior) / (known + prior) / c if is_mean else np.float32(0)
     # The scatter of few calls is independent from window to window; what lasts belongs to `between` alone.
     r = np.minimum(np.maximum(s[_AT["lag"]] / mass / between, 0), np.float32(0.85))
     lasting = between * (1 + r) / (1 - r)
