@@ -813,3 +813,30 @@ ATTRIBUTES = st.dictionaries(
 def test_values_of_any_type_become_an_event_or_a_reason(attributes: dict[str, Any]) -> None:
     decoded = FORMAT.decode(protobuf(span(attributes)))
     assert len(decoded.events) + len(decoded.rejected) + sum(decoded.ignored.values()) == 1
+
+
+def test_spans_read_by_layout_say_what_they_say_alone() -> None:
+    """Many spans of one body take the quick way after the first; each alone takes the patient one. Both must agree."""
+    shapes: list[dict[str, Any]] = [
+        NEW,
+        LITELLM_V1,
+        {**NEW, "error.type": "RateLimitError"},
+        {"openinference.span.kind": "TOOL", "input.value": "x"},
+    ]
+    spans = []
+    for i in range(200):
+        attributes = {
+            **shapes[i % 4],
+            "server.address": "api",
+            "server.port": 443,
+            "note": f"n{i}",
+            "gen_ai.usage.output_tokens": i * 97,
+        }
+        if i % 7 == 0:
+            attributes.pop("server.port")
+            attributes["error.type"] = "overloaded_error"  # as many attributes, one of them another
+        spans.append(span(attributes, span=f"{i + 1:016x}"))
+    decoder = Otlp()
+    together = [decoder.decode(protobuf(*spans)).events for _ in range(3)][-1]
+    alone = [event for one in spans for event in Otlp().decode(protobuf(one)).events]
+    assert together == alone

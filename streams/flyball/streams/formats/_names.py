@@ -39,8 +39,8 @@ _TELLING: Final = ("content_filter", "length", "error", "tool_calls")
 
 provider_names: dict[str, str] = {}
 """Spellings seen → names, for those who look up before they call."""
-_model_cache: dict[str, str] = {}
-_finish_cache: dict[str, str] = {}
+model_names: dict[str, str] = {}
+finish_names: dict[str, str] = {}
 
 
 def provider_name(raw: str) -> str:
@@ -62,24 +62,24 @@ def provider_name(raw: str) -> str:
 
 def model_name(raw: str) -> str:
     """The model without the provider that LiteLLM writes before it: `openai/gpt-4.1` → `gpt-4.1`."""
-    found = _model_cache.get(raw)
+    found = model_names.get(raw)
     if found is None:
         head, slash, tail = raw.partition("/")
         prefixed = slash and tail and provider_name(head) != "" and head.replace("_", "").isalnum()
         found = label(tail if prefixed else raw)
-        if len(_model_cache) < 10_000:
-            _model_cache[raw] = found
+        if len(model_names) < 10_000:
+            model_names[raw] = found
     return found
 
 
 def finish_name(raw: str) -> str:
     """One finish reason in one spelling: `tool-calls`, `tool_use`, `tool_call` → `tool_calls`."""
-    found = _finish_cache.get(raw)
+    found = finish_names.get(raw)
     if found is None:
         word = raw.strip().lower().rpartition(".")[2].replace("-", "_")
         found = label(_FINISH.get(word, word))
-        if len(_finish_cache) < 10_000:
-            _finish_cache[raw] = found
+        if len(finish_names) < 10_000:
+            finish_names[raw] = found
     return found
 
 

@@ -109,7 +109,7 @@ _CONTENT_FIELDS: Final = INDEX["arguments"]
 """Fields from this slot on are content."""
 
 Source = tuple[int, int, str]
-"""Slot of the value or -1, slot of its version or -1, other label or nothing."""
+"""Slot of the value (the last one, always empty, for another label), slot of its version or -1, other label or nothing."""
 
 
 class KeyMap:
@@ -117,7 +117,7 @@ class KeyMap:
 
     Slots: one for each field (its modern name), one for each label source, one for every older or foreign name of a
     field (a stand-in), and a last one that is never read. `bits[slot]` says what a value there has a say in: label i
-    by bit i, field f (as a stand-in) by bit `len(LABELS) + f`.
+    by bit i, the fields that have stand-ins by the bits after those.
     """
 
     def __init__(self, rules: Mapping[str, tuple[str, ...]]) -> None:
@@ -136,6 +136,7 @@ class KeyMap:
         self.stand_ins = [
             [self.codes[k] for k in keys if self.codes[k] != INDEX[n]] for n, keys in FIELDS.items()
         ]
+        self._stood_for = [(f, slots) for f, slots in enumerate(self.stand_ins) if slots]
         self.labels = [(name, [self._source(s) for s in rules.get(name, ())]) for name in LABELS]
         self.bits = self._bits()
         self.wire_codes = {key.encode(): code for key, code in self.codes.items()}
@@ -160,7 +161,7 @@ class KeyMap:
 
     def _source(self, text: str) -> Source:
         if text.startswith("="):
-            return -1, -1, text[1:]
+            return self.unread, -1, text[1:]
         name, _, version = text.partition("@")
         return self.codes[name], self.codes[version] if version else -1, ""
 
@@ -169,7 +170,7 @@ class KeyMap:
         for position, (_, sources) in enumerate(self.labels):
             for slot, version, _ in sources:
                 for used in (slot, version):
-                    if used >= 0:
+                    if used >= 0 and used != self.unread:
                         bits[used] |= 1 << position
         for position, (_, sources) in enumerate(
             self.labels
@@ -177,9 +178,10 @@ class KeyMap:
             for _, _, other in sources:
                 if other:
                     bits = [b | 1 << position if b >> LABELS.index(other) & 1 else b for b in bits]
-        for field, slots in enumerate(self.stand_ins):
+        # 29 bits in all: one digit of a Python int, which is what keeps the sum of them cheap.
+        for position, (_, slots) in enumerate(self._stood_for):
             for slot in slots:
-                bits[slot] |= 1 << len(LABELS) + field
+                bits[slot] |= 1 << len(LABELS) + position
         return bits
 
     def labels_of(self, touched: int) -> list[tuple[str, list[Source]]]:
@@ -195,7 +197,7 @@ class KeyMap:
         found = self._fields_of.get(touched)
         if found is None:
             shift = len(LABELS)
-            found = [(f, slots) for f, slots in enumerate(self.stand_ins) if touched >> shift + f & 1]
+            found = [entry for i, entry in enumerate(self._stood_for) if touched >> shift + i & 1]
             if len(self._fields_of) < 10_000:
                 self._fields_of[touched] = found
         return found

@@ -142,7 +142,7 @@ def value_in(data: bytes, at: int) -> Any:
 
 
 def any_value(data: bytes, depth: int = 0) -> Any:
-    """An AnyValue as plain data: str, int, float, bool, bytes, list, dict or None. Raises: WireError."""
+    """An AnyValue as plain data: str (bytes too, in hex), int, float, bool, list, dict or None. Raises: WireError."""
     if depth > _DEEPEST:
         return None
     value: Any = None
@@ -159,8 +159,8 @@ def any_value(data: bytes, depth: int = 0) -> Any:
             value = [any_value(v, depth + 1) for n, v in fields(found) if n == 1 and isinstance(v, bytes)]
         elif number == 6 and isinstance(found, bytes):
             value = dict(_pair(v, depth + 1) for n, v in fields(found) if n == 1 and isinstance(v, bytes))
-        elif number == 7:
-            value = found
+        elif number == 7 and isinstance(found, bytes):
+            value = found.hex()  # bytes among a span's values are an attribute that was not read yet
     return value
 
 

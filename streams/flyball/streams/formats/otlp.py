@@ -23,14 +23,17 @@ from flyball.streams.formats._names import (
     MAX_COUNT,
     MAX_LABEL,
     finish_name,
+    finish_names,
     finish_of,
     identity,
     label,
     model_name,
+    model_names,
     provider_name,
     provider_names,
 )
 from flyball.streams.formats._options import FormatOptions
+from flyball.streams.formats._otlp_gather import Gatherer, Layouts
 from flyball.streams.formats._otlp_keys import (
     FIELDS,
     INDEX,
@@ -44,12 +47,9 @@ from flyball.streams.labels import LABELS
 
 _HOPS: Final = 32
 """How far up a trace the search for a calling ancestor goes."""
-_NEW, _SKIPPED = -1, -2
+EARLIEST_NS, LATEST_NS = int(EARLIEST * 1e9), int(LATEST * 1e9)
+_COUNTS: Final[frozenset[Any]] = frozenset({int, type(None)})
 _LABEL_BITS: Final = (1 << len(LABELS)) - 1
-_SHORT: Final = 80
-_KNOWN: Final = 8192
-_VARIETY: Final = 64
-"""Attributes remembered by their bytes: only short ones, so many in all, so many of one name."""
 _PLAIN, _ROLL_UP, _RAW_CHILD, _OTHER = "other_span", "roll_up", "raw_child", "not_inference"
 _OI_STEPS: Final = {"TOOL": "tool", "AGENT": "agent"}
 _MESSAGE: Final = 4000
@@ -73,7 +73,7 @@ class _Parameters(msgspec.Struct, gc=False):
     stream: Any = None
 
 
-_operations, _providers = INFERENCE, provider_names
+_operations, _providers, _models, _finishes = INFERENCE, provider_names, model_names, finish_names
 _parameters = msgspec.json.Decoder(_Parameters)
 _words = msgspec.json.Decoder(list[str])
 
@@ -111,10 +111,7 @@ class Otlp:
         self._options = options or FormatOptions()
         self._keys = KeyMap(self._options.labels.otlp)
         self._hash = self._options.hasher()
-        self._codes = dict(self._keys.wire_codes)
-        self._constant = list(self._keys.constant)
-        self._known: dict[bytes, tuple[int, Any, int]] = {}
-        self._variety: dict[bytes, int] = {}
+        self._gatherer = Gatherer(self._keys, _simplified)
 
     def decode(self, body: bytes, content_type: str = "") -> Decoded:
         if body[:1] == b"{":
@@ -140,94 +137,25 @@ class Otlp:
         return self._finished(out)
 
     def _wire_spans(self, spans: Iterable[Any], group: _Group, out: _Body) -> None:
-        """The hot path: every attribute of every span passes here, most of them to be skipped.
-
-        What an attribute with few different values reads as is remembered by its bytes; values in the usual layout
-        (a short string, a number below 16,384) are read in line, since a call for each would cost a third more."""
-        keys = self._keys
-        code_of, bits, constant, lazy = self._codes.get, keys.bits, self._constant, keys.lazy
-        known, take, template, short = self._known.get, self._take, group.template, _SHORT
+        gather, take = self._gatherer.gather, self._take
+        layouts = Layouts(group.template)
         for span in spans:
-            slots = template[:]
-            touched = 0
             try:
-                for data in span.attributes:
-                    size = len(data)
-                    if size < short:
-                        found = known(data)
-                        if found is not None:
-                            code, value, bit = found
-                            slots[code] = value
-                            touched |= bit
-                            continue
-                    end = data[1] + 2
-                    code = code_of(data[2:end], _NEW)
-                    if code < 0:
-                        if code == _NEW:
-                            self._learn(data, end, keys.unread, None)
-                        continue
-                    touched |= bits[code]
-                    if lazy[code]:
-                        slots[code] = data  # read when it turns out to be needed
-                        continue
-                    kind, length = data[end + 2], data[end + 3]
-                    if kind == 0x18:
-                        if length < 0x80:
-                            value = length
-                        elif data[end + 4] < 0x80:
-                            value = length & 0x7F | data[end + 4] << 7
-                        else:
-                            value = wire.value_in(data, end)
-                    elif kind == 0x0A and length < 0x80 and size == end + 4 + length:
-                        value = data[end + 4 :].decode()
-                    else:
-                        value = wire.value_in(data, end)
-                    slots[code] = value
-                    if constant[code]:
-                        self._learn(data, end, code, value)
+                slots, touched = gather(list(span.attributes), layouts)
                 if touched > _LABEL_BITS:
                     self._stand_in(slots, touched)
             except (wire.WireError, IndexError, UnicodeDecodeError):
-                self._wire_span_carefully(span, group, out)
-                continue
+                try:
+                    pairs = [(wire.text(key), value) for key, value in map(wire.attribute, span.attributes)]
+                except wire.WireError:
+                    out.rejected.append(
+                        Rejected("protobuf", "a span with a damaged attribute.", b"", out.seen)
+                    )
+                    out.seen += 1
+                    continue
+                slots, touched = self._gatherer.carefully(pairs, group.template)
+                self._stand_in(slots, touched)
             take(span, slots, touched, group, out)
-
-    def _learn(self, data: bytes, end: int, code: int, value: Any) -> None:
-        """Remembers what an attribute reads as, or that it is skipped: short ones, some values a name. A name with more
-        values than that is looked up by name from then on."""
-        name = data[2:end]
-        count = self._variety.get(name, 0)
-        if len(data) < _SHORT and count < _VARIETY and len(self._known) < _KNOWN:
-            self._variety[name] = count + 1
-            self._known[data] = (code, value, self._keys.bits[code])
-        elif code != self._keys.unread:
-            self._constant[code] = False
-        elif len(self._codes) < _KNOWN:
-            self._codes[name] = _SKIPPED
-
-    def _wire_span_carefully(self, span: Any, group: _Group, out: _Body) -> None:
-        """A span with an attribute in an unusual layout, or damaged."""
-        try:
-            pairs = [wire.attribute(data) for data in span.attributes]
-        except wire.WireError:
-            out.rejected.append(Rejected("protobuf", "a span with a damaged attribute.", b"", out.seen))
-            out.seen += 1
-            return
-        self._gathered(span, ((wire.text(key), value) for key, value in pairs), group, out)
-
-    def _gathered(self, span: Any, pairs: Iterable[tuple[str, Any]], group: _Group, out: _Body) -> None:
-        slots = group.template[:]
-        touched = 0
-        for key, value in pairs:
-            code = self._keys.codes.get(key)
-            if code is None or value is None:
-                continue
-            # Bytes in a slot are an attribute not read yet: a value of bytes goes in as text.
-            slots[code] = value.hex() if value.__class__ is bytes else value
-            touched |= self._keys.bits[code]
-        if touched > _LABEL_BITS:
-            self._stand_in(slots, touched)
-        self._take(span, slots, touched, group, out)
 
     def _json(self, body: bytes) -> Decoded:
         out = _Body()
@@ -252,7 +180,9 @@ class Otlp:
     def _json_span(self, span: js.Span, group: _Group, out: _Body) -> None:
         codes = self._keys.codes
         pairs = ((a.key, js.plain(a.value)) for a in span.attributes or () if a.key in codes)
-        self._gathered(span, pairs, group, out)
+        slots, touched = self._gatherer.carefully(pairs, group.template)
+        self._stand_in(slots, touched)
+        self._take(span, slots, touched, group, out)
 
     def _json_carefully(self, body: bytes, out: _Body) -> None:
         """A body with damaged spans, or several requests, one a line."""
@@ -285,7 +215,7 @@ class Otlp:
         for key, value in attributes:
             slot = self._keys.codes.get(key)
             if slot is not None and self._keys.bits[slot] & _LABEL_BITS:
-                template[slot] = value.hex() if isinstance(value, bytes) else value
+                template[slot] = value
         return template, self._labels(template, -1, {})
 
     def _stand_in(self, slots: list[Any], touched: int) -> None:
@@ -304,15 +234,16 @@ class Otlp:
         found = base.copy()
         for name, sources in self._keys.labels_of(touched):
             for slot, version_slot, other in sources:
-                if other:
-                    value = found.get(other, "")
-                elif slots[slot] is None:
-                    continue
-                else:
-                    value = _text(slots[slot])
-                    if value and version_slot >= 0 and slots[version_slot] is not None:
-                        value = f"{value}@{_text(slots[version_slot])}"
+                value = slots[slot]
+                if value is None:
+                    if not other or other not in found:
+                        continue
+                    value = found[other]
+                elif value.__class__ is not str:
+                    value = _text(value)
                 if value:
+                    if version_slot >= 0 and slots[version_slot] is not None:
+                        value = f"{value}@{_text(slots[version_slot])}"
                     found[name] = value if len(value) <= MAX_LABEL else value[:MAX_LABEL]
                     break
         return found
@@ -346,7 +277,11 @@ class Otlp:
             out.rejected.append(Rejected("protobuf", detail, _remains(span, group.read), out.seen - 1))
 
     def _call(self, span: Any, slots: list[Any], operation: str, labels: Labels, group: _Group) -> LlmCall:
-        start, at = _times(span)
+        start, at = span.start_time_unix_nano, span.end_time_unix_nano
+        if start.__class__ is int and at.__class__ is int and EARLIEST_NS < at < LATEST_NS:
+            start, at = start / 1e9, at / 1e9
+        else:
+            start, at = _times(span)
         hex_id = group.read.hex
         trace, own, parent = hex_id(span.trace_id), hex_id(span.span_id), span.parent_span_id
         parent = hex_id(parent) if parent else ""
@@ -368,22 +303,24 @@ class Otlp:
         status = span.status
         if (status and status != wire.STATUS_OK) or slots[_ERROR] is not None:
             error, code = self._error(span, slots, provider or "", group.read)
-        input_, output, read, write, reasoning = slots[_INPUT : _REASONING + 1]
-        if (
-            input_.__class__ is not int
-            or output.__class__ is not int
-            or read.__class__ is not int
-            or not 0 <= read <= input_ < MAX_COUNT
-            or not 0 <= output < MAX_COUNT
-            or input_ == 0
-            or write is not None
-            or reasoning is not None
-        ):  # anything but the usual case
+        counts: list[Any] = slots[_INPUT : _REASONING + 1]
+        input_, output, read, write, reasoning = counts
+        if not (
+            input_.__class__ is output.__class__ is int
+            and read.__class__ in _COUNTS
+            and write.__class__ in _COUNTS
+            and reasoning.__class__ in _COUNTS
+            and 0 < input_ < MAX_COUNT > output >= 0
+            and (read or 0) >= 0 <= (write or 0)
+            and (read or 0) + (write or 0) <= input_
+            and 0 <= (reasoning or 0) < MAX_COUNT
+        ):  # anything but plain, sensible numbers goes the long way
             input_, output, read, write, reasoning = _tokens(input_, output, read, write, reasoning)
         ttft = None
         if slots[_TTFT] is not None or slots[_OI] is not None or slots[_TTFT_MS] is not None:
             ttft = _ttft(span, slots, start, group.read)
         # Only what was said goes in, by one dict: msgspec takes many keyword arguments one by one, in quadratic time.
+        served = _models.get(served) or model_name(served) if served else ""
         told: dict[str, Any] = {
             "run": trace,
             **labels,
@@ -392,15 +329,11 @@ class Otlp:
             "trace": trace,
             "span": own,
             "scope": group.scope,
+            "parent": parent,
+            "provider": provider or "",
+            "model": _models.get(model) or model_name(model) if model else served,
+            "model_served": served,
         }
-        if parent:
-            told["parent"] = parent
-        if provider:
-            told["provider"] = provider
-        if model or served:
-            told["model"] = model_name(model or served)
-        if served:
-            told["model_served"] = model_name(served)
         if input_ is not None:
             told["input_tokens"] = input_
         if output is not None:
@@ -425,7 +358,7 @@ class Otlp:
             told["id"] = value if len(value) <= MAX_LABEL else identity(value)
         value = slots[_FINISH]
         if value is not None:
-            told["finish"] = _finish(value)
+            told["finish"] = (_finishes.get(value) if value.__class__ is str else None) or _finish(value)
         value = slots[_COST]
         if value is not None:
             told["cost_usd"] = _seconds(value) or None  # a failed call says 0: not said, rather than free
@@ -665,6 +598,11 @@ def _finish(value: Any) -> str:
         except (msgspec.DecodeError, RecursionError):
             return ""
     return finish_name(value)
+
+
+def _simplified(slot: int, value: Any) -> Any:
+    """A remembered value, once and for all in the spelling of events."""
+    return _finish(value) if slot == _FINISH else value
 
 
 def _from_parameters(value: Any) -> tuple[str, bool]:
