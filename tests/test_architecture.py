@@ -65,13 +65,20 @@ def test_broad_excepts_stay_below_one_in_a_thousand_lines() -> None:
 def test_no_module_is_dead() -> None:
     """Every module is imported by another, is found by a registry, or is an entry point."""
     registries = ("detectors/flyball/detectors", "formats", "notifiers", "actions")
-    entry_points = {"flyball.app.cli"}
-    text = {p: p.read_text() for p in [*sources(*PARTS), *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/*.py")]}
+    entry_points = {"flyball.app.cli", "flyball.app.__main__"}
+    text = {
+        p: p.read_text()
+        for p in [*sources(*PARTS), *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/*.py")]
+    }
     dead = []
     for path in sources(*PARTS):
         name = module_name(path)
         parent, _, leaf = name.rpartition(".")
-        if path.name == "__init__.py" or name in entry_points or any(path.parent.as_posix().endswith(r) for r in registries):
+        if (
+            path.name == "__init__.py"
+            or name in entry_points
+            or any(path.parent.as_posix().endswith(r) for r in registries)
+        ):
             continue
         used = (f"import {name}", f"from {name} ", f"from {parent} import", f'"{name}')
         if not any(
@@ -94,8 +101,16 @@ def test_importing_core_is_quick_because_it_loads_little() -> None:
 
 
 def test_nothing_names_a_package_registry_or_a_path_of_one_machine() -> None:
-    hosts = ("pypi" + ".org", "pythonhosted" + ".org", "npmjs" + ".org", "repo.maven" + ".apache.org", "/work" + "/")
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    hosts = (
+        "pypi" + ".org",
+        "pythonhosted" + ".org",
+        "npmjs" + ".org",
+        "repo.maven" + ".apache.org",
+        "/work" + "/",
+    )
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     found = []
     for name in tracked:
         path = ROOT / name

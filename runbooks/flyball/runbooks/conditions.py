@@ -25,7 +25,7 @@ from flyball.core.plans import Term
 MAX_LENGTH: Final = 2000
 
 SIGNALS: Final[tuple[str, ...]] = (
-    "llm.errors", "llm.input_tokens", "llm.output_tokens", "llm.latency", "llm.ttft", "llm.cost", "llm.cache",
+    "llm.errors", "llm.input_tokens", "llm.output_tokens", "llm.latency", "llm.ttft", "llm.cost", "llm.cache", "llm.retries",
     "agent.loop", "agent.spend", "agent.context", "agent.fan_out", "gpu.fault", "gpu.throttle", "serving.queue",
     "serving.kv_cache", "serving.preemptions", "serving.ttft", "stream.silent", "stream.poison",
 )  # fmt: skip
