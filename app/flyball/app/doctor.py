@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import sqlite3
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import httpx
+from sqlalchemy.exc import DatabaseError
 
-from flyball.app.settings import Settings, load
+from flyball.app.settings import Settings, load, unknown_variables
 from flyball.app.store import store
 from flyball.app.store.sqlite import has_wal_reset_fault, open_reader
 from flyball.app.wiring import database_path
@@ -41,6 +43,9 @@ def examine(config: Path | None, url: str, token: str) -> list[Finding]:
     except ConfigError as e:
         return [*findings, Finding("settings", "bad", str(e), "correct the settings named")]
     findings.append(Finding("settings", "ok", str(config) if config else "defaults and FLYBALL_ variables"))
+    findings += [
+        Finding("settings", "warn", w, "correct the variable's name") for w in unknown_variables(os.environ)
+    ]
     findings += _runbooks(settings)
     findings += _data(settings)
     findings += _notify(settings)
@@ -89,8 +94,9 @@ def _data(settings: Settings) -> Iterator[Finding]:
         with engine.connect() as c:
             broken = store.verify_ledger(c)
             position = store.position(c)
-    except (sqlite3.DatabaseError, ConfigError) as e:
-        yield Finding("database", "bad", f"{path} cannot be read ({e})", "move it away and restore a copy")
+    except (DatabaseError, ValueError) as e:
+        why = e.orig if isinstance(e, DatabaseError) else e
+        yield Finding("database", "bad", f"{path} cannot be read ({why})", "move it away and restore a copy")
         return
     finally:
         engine.dispose()

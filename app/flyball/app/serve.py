@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import signal
 import socket
 import sys
@@ -22,7 +23,7 @@ from flyball.app.http.server import create_app
 from flyball.app.logs import configure_logging
 from flyball.app.notify import AlertRouter, notifications
 from flyball.app.scrape import scrapes
-from flyball.app.settings import Settings
+from flyball.app.settings import Settings, unknown_variables
 from flyball.app.wiring import database_path, hash_key, make_formats, make_pipeline
 from flyball.core.errors import ConfigError
 
@@ -57,6 +58,8 @@ def serve(settings: Settings) -> int:
     configure_logging()
     # Ingest shares the interpreter with the stages: a shorter turn keeps answers quick while windows close.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    for told in unknown_variables(os.environ):
+        _log.warning("variable.unknown", what=told)
     listener = _listen(settings.host, settings.port)
     try:
         runtime = make_runtime(settings)

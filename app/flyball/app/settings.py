@@ -5,21 +5,48 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from flyball.core.errors import ConfigError, did_you_mean
 from flyball.remediation.notifiers import NotifySettings
 from flyball.remediation.notifiers._settings import with_secrets
+from flyball.runbooks.yaml_nodes import Document, parse
 from flyball.streams.labels import LabelRules
 
 Mode = Literal["observe", "suggest", "approve", "auto"]
 Positive = Annotated[float, Field(gt=0)]
+
+PREFIX: Final = "FLYBALL_"
+OTHER_VARIABLES: Final = frozenset(
+    {"FLYBALL_URL", "FLYBALL_TOKEN", "FLYBALL_RECORDINGS", "FLYBALL_REQUIRE_SERVERS"}
+)
+"""Variables of ours that are no settings: the command line's client, the benchmarks, the tests."""
+_SECRET: Final = frozenset({"tokens", "hash_key", "notify"})
+"""Settings whose values are never shown, because secrets stand in them."""
+_SERVICE_LINK: Final = re.compile(r"FLYBALL_(\w+_)?(PORT|SERVICE)(_\w+)?")
+"""What Kubernetes sets in every pod for a service that is called flyball."""
 
 
 class Token(BaseModel):
@@ -154,6 +181,31 @@ class Settings(BaseSettings):
         "", description="Address of this Flyball in links of alerts; default is host and port."
     )
 
+    @field_validator("runbooks", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Path) else value
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Settings:
+        wrong = []
+        if not is_loopback(self.host) and not self.tokens:
+            wrong.append(
+                f"host: listening on {self.host} needs `tokens`; set at least one, or listen on 127.0.0.1"
+            )
+        if self.max_delay_s < self.lateness_s:
+            wrong.append(
+                f"max_delay_s: {self.max_delay_s:g} is less than lateness_s = {self.lateness_s:g}; make it at least that"
+            )
+        names = [t.name for t in self.tokens]
+        wrong += [
+            f"tokens: two are named {n!r}; give each its own name"
+            for n in sorted({n for n in names if names.count(n) > 1})
+        ]
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -163,7 +215,37 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings, env_settings, _File(settings_cls))
+        return (init_settings, _Variables(settings_cls), _File(settings_cls))
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class _Variables(EnvSettingsSource):
+    """`FLYBALL_…` variables. Lists and groups are JSON; `FLYBALL_RUNBOOKS` may also be paths between colons or commas."""
+
+    environ: ClassVar[Mapping[str, str]] = os.environ
+
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        return {name.lower(): value for name, value in self.environ.items()}
+
+    def prepare_field_value(self, field_name: str, field: Any, value: Any, value_is_complex: bool) -> Any:
+        if field_name == "runbooks" and isinstance(value, str) and not value.lstrip().startswith("["):
+            return [part.strip() for part in re.split(r"[:,]", value) if part.strip()]
+        try:
+            return super().prepare_field_value(field_name, field, value, value_is_complex)
+        except ValueError:
+            if value is not None:
+                return value  # validation then says where it stands, and what it should be
+            head = f"{PREFIX}{field_name}".upper()
+            names = ", ".join(sorted(v for v in _Variables.environ if v.upper().startswith(head)))
+            raise ConfigError(
+                "is not JSON; lists and groups are written as JSON in variables", where=names
+            ) from None
 
 
 class _File(PydanticBaseSettingsSource):
@@ -178,73 +260,93 @@ class _File(PydanticBaseSettingsSource):
         return dict(self.content)
 
 
-def load(config: Path | None = None, **overrides: Any) -> Settings:
+def load(
+    config: Path | None = None, *, environ: Mapping[str, str] = os.environ, **overrides: Any
+) -> Settings:
     """Settings from file, variables and `overrides` (the command line; None means not given).
 
     Raises: ConfigError, one for all that is wrong.
     """
-    content: dict[str, Any] = {}
-    if config is not None:
-        try:
-            text = config.read_text()
-        except OSError as e:
-            raise ConfigError(
-                f"cannot be read ({e.strerror}); name an existing file", where=str(config)
-            ) from e
-        try:
-            loaded = yaml.safe_load(text) or {}
-        except yaml.YAMLError as e:
-            mark = getattr(e, "problem_mark", None)
-            at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-            raise ConfigError(f"is not YAML ({getattr(e, 'problem', e)})", where=f"{config}{at}") from e
-        if not isinstance(loaded, dict):
-            raise ConfigError("holds no settings; write `name: value` lines", where=str(config))
-        content = _beside(with_secrets(loaded, os.environ, str(config)), config.parent)
+    document = _read(config) if config is not None else None
+    content = with_secrets(document.root.plain(), environ, str(config)) if document else {}
     given = {k: v for k, v in overrides.items() if v is not None}
     _File.content.clear()
     _File.content.update(content)
+    _Variables.environ = environ
     try:
-        settings = Settings(**given)
+        return Settings(**given)
     except ValidationError as e:
-        raise ConfigError(_all_of(e, config, set(given), content)) from e
+        lines = [line for error in e.errors() for line in _told(error, document, set(given))]
     finally:
         _File.content.clear()
-    if settings.host not in ("127.0.0.1", "::1", "localhost") and not settings.tokens:
-        raise ConfigError(
-            f"listening on {settings.host} needs `tokens`; set at least one, or listen on 127.0.0.1",
-            where="host",
-        )
-    return settings
+        _Variables.environ = os.environ
+    count = f"{len(lines)} settings are wrong" if len(lines) > 1 else "one setting is wrong"
+    raise ConfigError(f"{count}:\n" + "\n".join(f"  {line}" for line in lines))
 
 
-def _beside(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Relative paths of a file count from the file, so that it means the same wherever Flyball is started."""
+def _read(config: Path) -> Document | None:
+    """The settings file; None when it holds nothing but comments."""
+    try:
+        text = config.read_bytes()
+    except OSError as e:
+        raise ConfigError(f"cannot be read ({e.strerror}); name an existing file", where=str(config)) from e
+    if not any(line.strip() and not line.lstrip().startswith(b"#") for line in text.splitlines()):
+        return None
+    try:
+        document = parse(text, str(config))
+    except ConfigError as e:
+        raise ConfigError(e.what, where=e.where) from e
+    if not isinstance(document.root.value, dict):
+        raise ConfigError("holds no settings; write `name: value` lines", where=str(config))
+    return document
 
-    def placed(value: Any) -> Any:
-        return str(folder / value) if isinstance(value, str) else value
 
-    found = dict(content)
-    if "data" in found:
-        found["data"] = placed(found["data"])
-    if isinstance(found.get("runbooks"), list):
-        found["runbooks"] = [placed(v) for v in found["runbooks"]]
-    if isinstance(found.get("notify"), dict) and "templates" in found["notify"]:
-        found["notify"] = found["notify"] | {"templates": placed(found["notify"]["templates"])}
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """Variables with our prefix that set nothing, with what was probably meant. Told, not refused: others may set them."""
+    found = []
+    for name in sorted(environ):
+        if not name.startswith(PREFIX) or name in OTHER_VARIABLES or _SERVICE_LINK.fullmatch(name):
+            continue
+        head = name.removeprefix(PREFIX).lower().partition("__")[0]
+        if head not in Settings.model_fields:
+            known = [PREFIX + field.upper() for field in Settings.model_fields]
+            found.append(f"{name} sets nothing{did_you_mean(name, known)}")
     return found
 
 
-def _all_of(error: ValidationError, config: Path | None, given: set[str], content: dict[str, Any]) -> str:
-    lines = []
-    for e in error.errors():
-        name = ".".join(str(p) for p in e["loc"])
-        head = str(e["loc"][0]) if e["loc"] else ""
-        source = (
-            "command line" if head in given else str(config) if head in content else f"FLYBALL_{head.upper()}"
-        )
-        what = e["msg"][:1].lower() + e["msg"][1:]
-        if e["type"] == "extra_forbidden":
-            what = f"no such setting{did_you_mean(head, Settings.model_fields)}"
-        else:
-            what += f"; it is {e.get('input')!r}"
-        lines.append(f"  {name} ({source}): {what}")
-    return f"{len(lines)} setting{'s are' if len(lines) > 1 else ' is'} wrong:\n" + "\n".join(lines)
+def _variable_of(path: tuple[int | str, ...]) -> str:
+    """The variable that sets this value or a group around it; empty when none does."""
+    names = {name.upper() for name in _Variables.environ}
+    for depth in range(len(path), 0, -1):
+        name = f"{PREFIX}{'__'.join(map(str, path[:depth]))}".upper()
+        if name in names:
+            return name
+    return ""
+
+
+def _told(error: ErrorDetails, document: Document | None, given: set[str]) -> list[str]:
+    """Lines of `setting (source): what is wrong; what would be right`."""
+    path = error["loc"]
+    if not path:  # a rule over several settings, already in words
+        return [line.removeprefix("Value error, ") for line in error["msg"].splitlines()]
+    head, name = str(path[0]), ".".join(map(str, path))
+    unknown = error["type"] == "extra_forbidden"
+    source = "default"
+    if head in given:
+        source = "command line"
+    elif variable := _variable_of(path):
+        source = variable
+    elif document is not None:
+        line, column = document.place(tuple(p for p in path if isinstance(p, int | str)), key=unknown)
+        source = f"{document.path}:{line}:{column}"
+    if unknown:
+        known: Any = Settings.model_fields if len(path) == 1 else ()
+        return [f"{name} ({source}): no such setting{did_you_mean(head, known) if known else ''}"]
+    what = error["msg"].removeprefix("Value error, ")
+    value = error.get("input")
+    shown = ""
+    if head not in _SECRET and isinstance(value, str | int | float | bool):
+        shown = f"; it is {str(value)[:60]!r}"
+    if head == "port" and isinstance(value, str) and value.startswith("tcp://"):
+        shown += ", which Kubernetes sets for a service called flyball: set `enableServiceLinks: false`"
+    return [f"{name} ({source}): {what[:1].lower()}{what[1:]}{shown}"]
