@@ -38,7 +38,7 @@ class Layout:
     The others are picked in the order: left unread, to be read, to be skipped; each begins with its `heads` (tag, length and
     name). `reads` are (where the name ends, slot, whether it may be remembered)."""
 
-    __slots__ = ("heads", "lazy", "pick_rest", "pick_same", "reads", "same", "slots", "touched")
+    __slots__ = ("heads", "lazy", "pick_rest", "pick_same", "plan", "reads", "same", "slots", "touched")
 
     def __init__(self, attributes: list[bytes], same: list[int], rest: list[int], slots: list[Any]) -> None:
         self.pick_same, self.pick_rest = itemgetter(*same), itemgetter(*rest)
@@ -48,6 +48,8 @@ class Layout:
         self.reads: list[tuple[int, int, bool]] = []
         self.slots = slots
         self.touched = 0
+        self.plan: Any = None
+        """What the reader of the slots concluded from those that repeat, and keeps here."""
 
 
 class Layouts:
@@ -73,21 +75,23 @@ class Gatherer:
         self._known: dict[bytes, tuple[int, Any, int]] = {}
         self._variety: dict[bytes, int] = {}
 
-    def gather(self, attributes: list[bytes], layouts: Layouts) -> tuple[list[Any], int]:
-        """Raises: WireError, IndexError or UnicodeDecodeError when an attribute is damaged or laid out unusually."""
+    def gather(self, attributes: list[bytes], layouts: Layouts) -> tuple[list[Any], int, Layout | None]:
+        """Slots, what they have a say in, and the layout that they were read by.
+
+        Raises: WireError, IndexError or UnicodeDecodeError when an attribute is damaged or laid out unusually."""
         found = layouts.by_size.get(len(attributes))
         if found is not None:
             for layout in found:
                 if layout.pick_same(attributes) == layout.same:
                     rest = layout.pick_rest(attributes)
                     if all(map(_starts_with, rest, layout.heads)):
-                        return self._expected(layout, rest), layout.touched
+                        return self._expected(layout, rest), layout.touched, layout
         slots = layouts.template[:]
         touched = self._by_name(attributes, slots)
         if layouts.misses < _PATIENCE:
             layouts.misses += 1
             self._keep(attributes, layouts)
-        return slots, touched
+        return slots, touched, None
 
     def _expected(self, layout: Layout, rest: tuple[bytes, ...]) -> list[Any]:
         """The slots of a span of this layout. Values in the usual form (a short string, a number below 16,384) are read

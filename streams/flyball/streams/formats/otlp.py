@@ -28,12 +28,11 @@ from flyball.streams.formats._names import (
     identity,
     label,
     model_name,
-    model_names,
     provider_name,
     provider_names,
 )
 from flyball.streams.formats._options import FormatOptions
-from flyball.streams.formats._otlp_gather import Gatherer, Layouts
+from flyball.streams.formats._otlp_gather import Gatherer, Layout, Layouts
 from flyball.streams.formats._otlp_keys import (
     FIELDS,
     INDEX,
@@ -47,7 +46,7 @@ from flyball.streams.labels import LABELS
 
 _HOPS: Final = 32
 """How far up a trace the search for a calling ancestor goes."""
-EARLIEST_NS, LATEST_NS = int(EARLIEST * 1e9), int(LATEST * 1e9)
+_EARLIEST_NS, _LATEST_NS = int(EARLIEST * 1e9), int(LATEST * 1e9)
 _COUNTS: Final[frozenset[Any]] = frozenset({int, type(None)})
 _LABEL_BITS: Final = (1 << len(LABELS)) - 1
 _PLAIN, _ROLL_UP, _RAW_CHILD, _OTHER = "other_span", "roll_up", "raw_child", "not_inference"
@@ -73,9 +72,21 @@ class _Parameters(msgspec.Struct, gc=False):
     stream: Any = None
 
 
-_operations, _providers, _models, _finishes = INFERENCE, provider_names, model_names, finish_names
+_providers, _finishes = provider_names, finish_names
 _parameters = msgspec.json.Decoder(_Parameters)
 _words = msgspec.json.Decoder(list[str])
+
+
+class _Plan:
+    """What holds for every span of a layout: who called what, and which labels are still to be looked up."""
+
+    __slots__ = ("varying", "who")
+
+    def __init__(self, who: dict[str, Any], varying: int) -> None:
+        self.who, self.varying = who, varying
+
+
+_NO_PLAN: Final = _Plan({}, 0)
 
 
 class _Group:
@@ -112,6 +123,20 @@ class Otlp:
         self._keys = KeyMap(self._options.labels.otlp)
         self._hash = self._options.hasher()
         self._gatherer = Gatherer(self._keys, _simplified)
+        telling = (
+            _OP,
+            _OI,
+            _AI,
+            _TL,
+            _REQUEST_TYPE,
+            _ATTEMPT,
+            _PROVIDER,
+            _MODEL,
+            _SERVED,
+            _PARAMETERS,
+            _STREAM,
+        )
+        self._who_slots = {s for field in telling for s in (field, *self._keys.stand_ins[field])}
 
     def decode(self, body: bytes, content_type: str = "") -> Decoded:
         if body[:1] == b"{":
@@ -141,7 +166,7 @@ class Otlp:
         layouts = Layouts(group.template)
         for span in spans:
             try:
-                slots, touched = gather(list(span.attributes), layouts)
+                slots, touched, layout = gather(list(span.attributes), layouts)
                 if touched > _LABEL_BITS:
                     self._stand_in(slots, touched)
             except (wire.WireError, IndexError, UnicodeDecodeError):
@@ -155,7 +180,8 @@ class Otlp:
                     continue
                 slots, touched = self._gatherer.carefully(pairs, group.template)
                 self._stand_in(slots, touched)
-            take(span, slots, touched, group, out)
+                layout = None
+            take(span, slots, touched, group, out, layout)
 
     def _json(self, body: bytes) -> Decoded:
         out = _Body()
@@ -229,8 +255,8 @@ class Otlp:
                         slots[field] = wire.value_in(value, value[1] + 2) if unread else value
                         break
 
-    def _labels(self, slots: list[Any], touched: int, base: Labels) -> Labels:
-        """The labels, of which only those are looked up anew that an attribute of the span has a say in."""
+    def _labels(self, slots: list[Any], touched: int, base: dict[str, Any]) -> dict[str, Any]:
+        """`base` with the labels looked up anew that `touched` names: those that an attribute of the span has a say in."""
         found = base.copy()
         for name, sources in self._keys.labels_of(touched):
             for slot, version_slot, other in sources:
@@ -248,26 +274,35 @@ class Otlp:
                     break
         return found
 
-    def _take(self, span: Any, slots: list[Any], touched: int, group: _Group, out: _Body) -> None:
+    def _take(
+        self,
+        span: Any,
+        slots: list[Any],
+        touched: int,
+        group: _Group,
+        out: _Body,
+        layout: Layout | None = None,
+    ) -> None:
         """One span whose attributes have been gathered: an event, or the reason why it is none."""
-        operation = _operations.get(slots[_OP]) if slots[_OP].__class__ is str else None
-        kind = "call"
-        if operation is None:
-            kind, operation = _kind(span, slots, group.read)
         out.seen += 1
-        if kind != "call" and kind != "tool" and kind != "agent":
-            out.ignored[kind] = out.ignored.get(kind, 0) + 1
-            if kind != _ROLL_UP and span.parent_span_id:
-                out.plain.append((span.span_id, span.parent_span_id, group.read.hex))
-            return
         try:
-            labels = (
-                self._labels(slots, touched & _LABEL_BITS, group.labels)
-                if touched & _LABEL_BITS
-                else group.labels
-            )
+            if layout is not None:
+                plan = layout.plan
+                if plan is None:
+                    plan = layout.plan = self._plan(layout, span, slots, group)
+                if plan is not _NO_PLAN:
+                    who = self._labels(slots, plan.varying, plan.who) if plan.varying else plan.who.copy()
+                    out.events.append(self._call(span, slots, who, group))
+                    return
+            kind, operation = _kind(span, slots, group.read)
+            if kind != "call" and kind != "tool" and kind != "agent":
+                out.ignored[kind] = out.ignored.get(kind, 0) + 1
+                if kind != _ROLL_UP and span.parent_span_id:
+                    out.plain.append((span.span_id, span.parent_span_id, group.read.hex))
+                return
+            labels = self._labels(slots, touched & _LABEL_BITS, group.labels)
             if kind == "call":
-                out.events.append(self._call(span, slots, operation, labels, group))
+                out.events.append(self._call(span, slots, self._who(slots, operation, labels, group), group))
             else:
                 out.events.append(self._step(span, slots, kind, labels, group))
         except _Bad as e:
@@ -276,9 +311,54 @@ class Otlp:
             detail = "a span with a damaged status or event."
             out.rejected.append(Rejected("protobuf", detail, _remains(span, group.read), out.seen - 1))
 
-    def _call(self, span: Any, slots: list[Any], operation: str, labels: Labels, group: _Group) -> LlmCall:
+    def _plan(self, layout: Layout, span: Any, slots: list[Any], group: _Group) -> _Plan:
+        """What holds for every span of a layout; `_NO_PLAN` when that is not settled by what repeats, or it is no call."""
+        varying = {*layout.lazy, *(code for _, code, _ in layout.reads)}
+        named = (_OP, _OI, _AI, _TL, _REQUEST_TYPE, _ATTEMPT)
+        if not varying.isdisjoint(self._who_slots) or all(slots[s] is None for s in named):
+            return _NO_PLAN  # without any of those names a span's own name has a say in what it is
+        kind, operation = _kind(span, slots, group.read)
+        if kind != "call":
+            return _NO_PLAN
+        bits = 0
+        for code in varying:
+            bits |= self._keys.bits[code]
+        bits &= _LABEL_BITS
+        labels = self._labels(slots, layout.touched & _LABEL_BITS & ~bits, group.labels)
+        return _Plan(self._who(slots, operation, labels, group), bits)
+
+    def _who(self, slots: list[Any], operation: str, labels: Labels, group: _Group) -> dict[str, Any]:
+        """The part of a call that says who called what: the same for many calls."""
+        provider = slots[_PROVIDER]
+        if provider is not None:
+            provider = _providers.get(provider) if provider.__class__ is str else ""
+            if not provider:
+                provider = self._provider(slots)
+        model, served = slots[_MODEL], slots[_SERVED]
+        model = model if model.__class__ is str else ""
+        served = model_name(served) if served.__class__ is str else ""
+        who: dict[str, Any] = {
+            **labels,
+            "operation": operation,
+            "scope": group.scope,
+            "provider": provider or "",
+        }
+        if slots[_PARAMETERS] is not None:
+            named, streams = _from_parameters(slots[_PARAMETERS])
+            model = model or named
+            if streams:
+                who["stream"] = True
+        if slots[_STREAM] is True:
+            who["stream"] = True
+        who["model"] = model_name(model) if model else served
+        who["model_served"] = served
+        return who
+
+    def _call(self, span: Any, slots: list[Any], told: dict[str, Any], group: _Group) -> LlmCall:
+        """The call's event. `told` holds who called what already; only what was said goes in, by one dict: msgspec takes
+        many keyword arguments one by one, in quadratic time."""
         start, at = span.start_time_unix_nano, span.end_time_unix_nano
-        if start.__class__ is int and at.__class__ is int and EARLIEST_NS < at < LATEST_NS:
+        if start.__class__ is int and at.__class__ is int and _EARLIEST_NS < at < _LATEST_NS:
             start, at = start / 1e9, at / 1e9
         else:
             start, at = _times(span)
@@ -287,22 +367,13 @@ class Otlp:
         parent = hex_id(parent) if parent else ""
         if len(trace) > 64 or len(own) > 64 or len(parent) > 64:
             trace, own, parent = trace[:64], own[:64], parent[:64]  # no ids of OTLP's
-        provider = slots[_PROVIDER]
-        if provider is not None:
-            provider = _providers.get(provider) if provider.__class__ is str else ""
-            if not provider:
-                provider = self._provider(slots)
-        model, served = slots[_MODEL], slots[_SERVED]
-        model = model if model.__class__ is str else ""
-        served = served if served.__class__ is str else ""
-        stream = slots[_STREAM] is True
-        if slots[_PARAMETERS] is not None:
-            named, streams = _from_parameters(slots[_PARAMETERS])
-            model, stream = model or named, stream or streams
+        told["at"], told["trace"], told["span"], told["parent"] = at, trace, own, parent
+        if "run" not in told:
+            told["run"] = trace
         error = code = ""
         status = span.status
         if (status and status != wire.STATUS_OK) or slots[_ERROR] is not None:
-            error, code = self._error(span, slots, provider or "", group.read)
+            error, code = self._error(span, slots, told["provider"], group.read)
         counts: list[Any] = slots[_INPUT : _REASONING + 1]
         input_, output, read, write, reasoning = counts
         if not (
@@ -319,21 +390,6 @@ class Otlp:
         ttft = None
         if slots[_TTFT] is not None or slots[_OI] is not None or slots[_TTFT_MS] is not None:
             ttft = _ttft(span, slots, start, group.read)
-        # Only what was said goes in, by one dict: msgspec takes many keyword arguments one by one, in quadratic time.
-        served = _models.get(served) or model_name(served) if served else ""
-        told: dict[str, Any] = {
-            "run": trace,
-            **labels,
-            "at": at,
-            "operation": operation,
-            "trace": trace,
-            "span": own,
-            "scope": group.scope,
-            "parent": parent,
-            "provider": provider or "",
-            "model": _models.get(model) or model_name(model) if model else served,
-            "model_served": served,
-        }
         if input_ is not None:
             told["input_tokens"] = input_
         if output is not None:
@@ -348,7 +404,6 @@ class Otlp:
             told["latency_s"] = at - start
         if ttft is not None:
             told["ttft_s"] = ttft
-        if stream or ttft is not None:
             told["stream"] = True
         if error:
             told["error"] = error
