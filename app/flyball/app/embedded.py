@@ -337,7 +337,7 @@ class Embedded:
                 self.pipeline.restore(state)
                 after = position
                 break
-            except SnapshotError as e:
+            except (SnapshotError, ConfigError) as e:  # ConfigError: windows were set otherwise then
                 # What was restored up to the failing stage must not mix with what is read again.
                 self.pipeline = self._make_pipeline()
                 _log.warning("snapshot.unreadable", position=position, why=str(e))
