@@ -119,3 +119,9 @@ def test_a_mutated_body_loses_no_untouched_line(data: st.DataObject) -> None:
     lines[broken] = lines[broken][:at] + bytes([byte]) + lines[broken][at + 1 :]
     ids = {e.id for e in FORMAT.decode(b"\n".join(lines)).events if isinstance(e, LlmCall)}
     assert {f"call-{i}" for i in range(5) if i != broken} <= ids
+
+
+def test_a_first_line_that_looks_like_an_array_does_not_take_the_others_with_it() -> None:
+    decoded = FORMAT.decode(b"[" + line(id="a")[1:] + b"\n" + line(id="b"))
+    assert [e.id for e in decoded.events if isinstance(e, LlmCall)] == ["b"]
+    assert len(decoded.rejected) == 1

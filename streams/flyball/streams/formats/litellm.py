@@ -123,8 +123,10 @@ class LiteLlm:
         if array:
             try:
                 return [bytes(raw) for raw in self._raws.decode(body)]
-            except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+            except RecursionError:
                 return [body]
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                pass  # no list after all: lines, of which the first is damaged
         lines = [line for line in body.splitlines() if line.strip()]
         return [body] if len(lines) > 1 and spans_lines(body) else lines
 
