@@ -232,3 +232,21 @@ def test_share_of_time_is_event_time() -> None:
     lab = Lab()
     lab.quiet(2)
     assert lab.now == T0 + 2 * W
+
+
+def test_an_outage_is_not_hidden_by_an_open_incident_about_cold_caches_at_the_same_root() -> None:
+    lab = Lab()
+    lab.quiet(12)
+    cold = lab.on("llm.cache", "cold", provider="b")
+    lab.step(traffic(), cold)
+    for _ in range(4):
+        lab.step(traffic(), lab.again(cold))
+    fails = lab.on("llm.errors", "overloaded", provider="b")
+    lab.step(traffic(fails=0.6, where={"provider": "b"}, n=20), fails, lab.again(cold))
+    last = lab.changes[-1].incident
+    assert (last.signal, last.klass, str(last.root), last.page) == (
+        "llm.errors",
+        "overloaded",
+        "provider:b",
+        True,
+    )

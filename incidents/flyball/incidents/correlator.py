@@ -410,7 +410,13 @@ class Correlator(Desk):
             self._merge_same_root(case)
 
     def _early(self, case: Case) -> list[Anomaly]:
-        """Anomalies that began with the incident, and before anything was done about it."""
+        """Anomalies that may lead: those that began with the incident, and before anything was done about it.
+
+        An incident led by what is a consequence elsewhere (cold caches, retries, cost) may be overtaken at any time: otherwise it
+        would hide the outage that comes after it at the same root.
+        """
+        if case.group in AFTERMATH:
+            return case.primary()
         until = case.incident.since + _TOGETHER_S
         acted = min((e.granted_at for e in case.effects.values()), default=until)
         return [a for a in case.primary() if a.since <= min(until, acted)]
