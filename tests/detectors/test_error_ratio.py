@@ -60,8 +60,8 @@ def test_nine_calls_are_too_few_until_the_next_window() -> None:
     assert (found.phase, found.n, found.since) == ("on", 18, traffic.now - 20)
 
 
-def test_a_third_failing_must_last_two_windows_and_sixty_percent_one() -> None:
-    for share, windows in ((0.3, 2), (0.6, 1)):
+def test_a_quarter_failing_must_last_two_windows_and_sixty_percent_one() -> None:
+    for share, windows in ((0.25, 2), (0.6, 1)):
         traffic, detector = Traffic(), ErrorRatio()
         detector.feed(traffic.windows(60, quiet()))
         found = [detector.feed([traffic.window(failing(share))]) for _ in range(3)]
@@ -72,7 +72,7 @@ def test_a_blip_of_one_window_below_the_outage_ratio_wakes_nobody() -> None:
     traffic, detector = Traffic(), ErrorRatio()
     detector.feed(traffic.windows(60, quiet()))
     for _ in range(20):
-        assert detector.feed([traffic.window(failing(0.35, n=10_000)), *traffic.windows(20, quiet())]) == []
+        assert detector.feed([traffic.window(failing(0.25, n=10_000)), *traffic.windows(20, quiet())]) == []
 
 
 def test_one_tenant_alone_does_not_blame_the_provider() -> None:
@@ -165,7 +165,7 @@ def test_one_lucky_call_a_window_is_no_recovery() -> None:
 def test_what_is_anomalous_does_not_become_normal() -> None:
     traffic, detector = Traffic(), ErrorRatio()
     detector.feed(traffic.windows(60, quiet()))
-    found = detector.feed(traffic.windows(360, failing(0.3)))
+    found = detector.feed(traffic.windows(360, failing(0.25)))
     assert phases(found) == ["on"] + ["still"] * 358
     assert found[-1].expected == pytest.approx(found[0].expected)
 

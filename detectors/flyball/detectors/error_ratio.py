@@ -110,7 +110,7 @@ class Params:
     prior_attempts: float = 200.0
     half_life_s: float = 14_400.0
     min_rho: float = 0.02
-    one_window_ratio: float = 0.4
+    one_window_ratio: float = 0.3
     max_rho: float = 0.5
     off_after: int = 3
     off_attempts: float = 10.0
