@@ -134,7 +134,7 @@ class Desk(Book):
 
     def _let_go(self, case: Case, text: str) -> None:
         """The last directive ended. While the trouble goes on the incident is open again, and people should know."""
-        if not case.live_effects() and case.active() and allowed(case.incident.state, Step.EASE):
+        if not case.live_effects() and case.holding() and allowed(case.incident.state, Step.EASE):
             self._step(case, Step.EASE, f"{text}; the trouble goes on", loud=True)
         else:
             self._tell(case, text, loud=True)

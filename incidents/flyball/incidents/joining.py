@@ -186,7 +186,19 @@ class Joiner:
         if shared:
             return True
         share = self.explained(a, [scope])
-        return share is not None and share >= self._settings.explained_ratio
+        if share is None:
+            return self._sends_to(a, scope)
+        return share >= self._settings.explained_ratio
+
+    def _sends_to(self, a: Anomaly, scope: Mapping[str, str]) -> bool:
+        """Whether a fair part of the calls that an anomaly is about lately went to a scope: for what cells do not measure."""
+        spec = spec_of("llm.retries", "")
+        measure = None if spec is None else self._cells.measure(spec, a.since)
+        labels = {k: v for k, v in a.labels.items() if k in LABEL_POSITION}
+        if measure is None or not labels:
+            return False
+        of = measure.mask(labels)
+        return float(measure.now[of & measure.mask(scope)].sum()) >= _USED_RATIO * float(measure.now[of].sum()) > 0.0
 
     def _window_s(self) -> float:
         newest = self._cells.ring[-1] if self._cells.ring else None
