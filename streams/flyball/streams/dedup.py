@@ -15,21 +15,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from itertools import islice
+from itertools import compress, islice
 from operator import attrgetter
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 
 from flyball.core.codec import decode_events, encode_events, pack_state, unpack_state
 from flyball.core.events import AgentStep, Batch, Event, LlmCall
 from flyball.streams._likeness import GATEWAYS, Half, Likeness, Told
+from flyball.streams._seen import SeenIds, hashes
 
-_VERSION: Final = 1
-_RECENT_CALLS: Final = 10_000
+_VERSION: Final = 2
+_RECENT_CALLS: Final = 1000
+"""Calls held for the moment that a second scope shows up. Few, because they keep the next body out of the cache."""
 _SAMPLE: Final = 64
 
-_id = attrgetter("id")
 _scope = attrgetter("scope")
 _span = attrgetter("span")
 _parent = attrgetter("parent")
@@ -46,15 +48,20 @@ class _Memory:
     Spans and parents map to `scope␟error` of the call, or to its error alone where the only scope so far is meant; a span
     maps to None when a call inside it told the same call."""
 
-    __slots__ = ("ids", "parents", "spans")
+    __slots__ = ("parents", "seen", "spans")
 
-    def __init__(self) -> None:
-        self.ids: set[str] = set()
+    def __init__(self, expected: int = 0) -> None:
+        self.seen = SeenIds(expected)
         self.spans: dict[str, str | None] = {}
         self.parents: dict[str, str] = {}
 
     def size(self) -> int:
-        return max(len(self.ids), len(self.spans))
+        return max(self.seen.n, len(self.spans))
+
+    @property
+    def ids(self) -> set[str]:
+        """Every remembered id; made anew at every reading."""
+        return self.seen.all()
 
 
 class Deduplicator:
@@ -123,7 +130,7 @@ class Deduplicator:
             self._since = at  # the first batch, or the clock that set `_since` was wrong
         late = at - self._since >= self._half_s
         if late or self._new.size() + len(events) > self._half_calls:
-            self._old, self._new = self._new, _Memory()
+            self._old, self._new = self._new, _Memory(self._new.seen.n)
             self._since = at
             if late:
                 self._likeness.turn()
@@ -141,10 +148,17 @@ class Deduplicator:
         if len(scopes) != 1 or (self._only and not scopes <= {self._only}):
             return False
         try:
-            ids = set(map(_id, events))
+            ids = [event.id for event in events]  # type: ignore[union-attr]
         except AttributeError:
             return False
-        if len(ids) != len(events) or "" in ids or not (ids.isdisjoint(new.ids) and ids.isdisjoint(old.ids)):
+        keys = hashes(ids)
+        ordered = np.sort(keys)
+        if (
+            (ordered[1:] == ordered[:-1]).any()
+            or not keys.all()
+            or new.seen.any_of(keys)
+            or old.seen.any_of(keys)
+        ):
             return False
         calls: Sequence[Event] = events
         if spanned:
@@ -154,7 +168,7 @@ class Deduplicator:
             new.spans.update(zip(map(_span, calls), map(_error, calls), strict=True))
             new.parents.update(zip(map(_parent, calls), map(_error, calls), strict=True))
         (self._only,) = scopes
-        new.ids |= ids
+        new.seen.add(ids, keys)
         self._keep_recent(calls, sender)
         return True
 
@@ -186,7 +200,7 @@ class Deduplicator:
     def _carefully(self, batch: Batch) -> Batch:
         if not self._many and self._is_second(batch.events):
             self._look_back()
-        work = _Work(self, batch.sender)
+        work = _Work(self, batch.sender, _with_id(batch.events))
         for event in batch.events:
             kind = type(event)
             if kind is LlmCall:
@@ -195,6 +209,7 @@ class Deduplicator:
                 work.step(event)  # type: ignore[arg-type]
             else:
                 work.out.append(event)
+        work.remember()
         if not self._many:
             self._keep_recent([e for e in work.out if type(e) is LlmCall], batch.sender)
         return msgspec.structs.replace(batch, events=work.out) if work.changed else batch
@@ -220,9 +235,9 @@ class Deduplicator:
 
     def snapshot(self) -> bytes:
         """Everything remembered, as one versioned blob: about 45 bytes a call (90 with spans), 200 more for each that is
-        remembered for likeness. Ids are sorted, so that equal states give equal bytes."""
+        remembered for likeness. Ids are in order of arrival: equal histories give equal bytes."""
         state = (
-            [(sorted(m.ids), m.spans, m.parents) for m in (self._new, self._old)],
+            [(m.seen.state(), m.spans, m.parents) for m in (self._new, self._old)],
             [[t.packed() for t in half.told] for half in (self._likeness.new, self._likeness.old)],
             self._likeness.scopes,
             self._likeness.told_twice,
@@ -234,8 +249,8 @@ class Deduplicator:
     def restore(self, state: bytes) -> None:
         """Raises: SnapshotError when the bytes are not a snapshot of this stage."""
         memories, halves, scopes, told_twice, recent, rest = unpack_state(state, "dedup", _VERSION)
-        for memory, (ids, spans, parents) in zip((self._new, self._old), memories, strict=True):
-            memory.ids, memory.spans, memory.parents = set(ids), spans, parents
+        for memory, (seen, spans, parents) in zip((self._new, self._old), memories, strict=True):
+            memory.seen, memory.spans, memory.parents = SeenIds.restored(seen), spans, parents
         self._likeness.new, self._likeness.old = (_restored(half) for half in halves)
         self._likeness.scopes, self._likeness.told_twice = scopes, told_twice
         self._recent = deque((decode_events(events), sender) for events, sender in recent)
@@ -247,28 +262,42 @@ class _Work:
     """One batch that is looked at call by call. Places are positions in `out`, to merge copies within the batch."""
 
     __slots__ = (
-        "_child_places", "_dedup", "_id_places", "_new", "_number", "_old", "_reporters", "_sender", "_span_places",
-        "changed", "out",
+        "_child_places", "_dedup", "_fresh", "_id_places", "_in_new", "_in_old", "_new", "_number", "_old", "_reporters",
+        "_sender", "_span_places", "changed", "out",
     )  # fmt: skip
 
-    def __init__(self, dedup: Deduplicator, sender: str) -> None:
+    def __init__(self, dedup: Deduplicator, sender: str, ids: Sequence[str]) -> None:
         self._dedup, self._sender = dedup, sender
         self._new, self._old = dedup._new, dedup._old
         self._number = dedup._batch
         self.out: list[Event] = []
         self.changed = False
+        keys = hashes(ids)
+        self._in_new = set(compress(ids, self._new.seen.which(keys)))
+        self._in_old = set(compress(ids, self._old.seen.which(keys)))
+        self._fresh: dict[str, None] = {}
+        """Ids to be remembered, in order."""
         self._id_places: dict[str, int] = {}
         self._span_places: dict[str, int] = {}
         self._child_places: dict[str, int] = {}
         self._reporters: dict[tuple[str, str], str] = {}
 
+    def _known(self, event_id: str) -> bool:
+        return event_id in self._fresh or event_id in self._in_new or event_id in self._in_old
+
+    def remember(self) -> None:
+        """The batch is through: its ids are known from now on."""
+        ids = list(self._fresh)
+        if ids:
+            self._new.seen.add(ids, hashes(ids))
+
     def step(self, step: AgentStep) -> None:
         if step.id:
-            if step.id in self._new.ids or step.id in self._old.ids:
+            if self._known(step.id):
                 self._dedup.duplicate_steps += 1
                 self.changed = True
                 return
-            self._new.ids.add(step.id)
+            self._fresh[step.id] = None
         self.out.append(step)
 
     def call(self, call: LlmCall) -> None:
@@ -288,7 +317,8 @@ class _Work:
             self.changed = True
         new = self._new
         if call.id:
-            new.ids.add(call.id)
+            if call.id not in self._in_new:
+                self._fresh[call.id] = None
             self._id_places.setdefault(call.id, place)
         if call.span:
             outcome = f"{call.scope}\x1f{call.error}"
@@ -300,7 +330,7 @@ class _Work:
     def _copy_of(self, call: LlmCall, told: Told | None) -> int | None:
         """None: no copy. -1: of a call of an earlier batch. Else the place of the call in this batch, merged with it."""
         likeness = self._dedup._likeness
-        if call.id and (call.id in self._new.ids or call.id in self._old.ids):
+        if call.id and self._known(call.id):
             place = self._id_places.get(call.id, -1)
             if told is not None:
                 first = likeness.with_id(call.id)
@@ -398,6 +428,11 @@ def _filled(call: LlmCall, other: LlmCall) -> LlmCall:
     if other.stream and not call.stream:
         changes["stream"] = True
     return msgspec.structs.replace(call, **changes) if changes else call
+
+
+def _with_id(events: Sequence[Event]) -> list[str]:
+    """Ids of the calls and steps that have one."""
+    return [e.id for e in events if (type(e) is LlmCall or type(e) is AgentStep) and e.id]
 
 
 def _restored(packed: list[Any]) -> Half:
