@@ -66,7 +66,7 @@ class SeenIds:
 
     def which(self, keys: Ints) -> list[bool]:
         """Whether an id with this hash was added, for every hash."""
-        found = (self._rows.take(keys & self._mask, axis=0) == keys[:, None]).any(axis=1).tolist()
+        found: list[bool] = (self._rows.take(keys & self._mask, axis=0) == keys[:, None]).any(axis=1).tolist()
         if self._full:
             found = [there or key in self._full for there, key in zip(found, keys.tolist(), strict=True)]
         return found

@@ -28,7 +28,8 @@ from flyball.streams.cells import (
     HISTOGRAMS,
     CellSums,
     CellTable,
-    read_numbers,
+    NumberReader,
+    floats,
 )
 from flyball.streams.histogram import BUCKET_BITS
 from flyball.streams.rollups import DEFAULT_ROLLUPS, RollupBuilder
@@ -201,6 +202,7 @@ class Windows:
         self._time = Watermarks(s.lateness_s, s.max_delay_s)
         self._cells = CellTable(s.max_cells)
         self._rollups = RollupBuilder(s.rollups, s.max_cells, _FORGET_S)
+        self._numbers = NumberReader()
         self._open: dict[int, _Open] = {}
         self._closed_before: int | None = None
         """Number of the first window that is not closed; None while all are open."""
@@ -243,7 +245,7 @@ class Windows:
         else:
             for kind, n in Counter(map(type, events)).items():
                 self._events[TYPE_NAMES[kind]] += n
-        at = np.fromiter([e.at for e in events], np.float64, len(events))
+        at = floats([e.at for e in events])
         low, high = float(at.min()), float(at.max())
         if not (low > -_SANE_S and high < _SANE_S):
             events, at = self._without_damaged(events, at)
@@ -316,7 +318,7 @@ class Windows:
         if not calls:
             return
         self._waiting, self._runs = [], []
-        codes, numbers = self._cells.codes(calls), read_numbers(calls)
+        codes, numbers = self._cells.codes(calls), self._numbers.read(calls)
         capacity = self._cells.capacity
         begin = 0
         for number, n in runs:

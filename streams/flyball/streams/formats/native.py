@@ -6,7 +6,6 @@ its good lines count and each bad one is told by itself.
 
 from __future__ import annotations
 
-from operator import attrgetter
 from typing import Any, ClassVar, Final
 
 import msgspec
@@ -15,7 +14,6 @@ from flyball.core.events import EARLIEST, LATEST, Event
 from flyball.core.ports import Decoded, Rejected
 from flyball.streams.formats._options import FormatOptions
 
-_AT: Final = attrgetter("at")
 _event = msgspec.json.Decoder(Event)
 _events = msgspec.json.Decoder(list[Event])
 _raws = msgspec.json.Decoder(list[msgspec.Raw])
@@ -41,7 +39,8 @@ class NativeNdjson:
             events = _events.decode(body) if array else _event.decode_lines(body)
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
             return self._one_by_one(body, array)
-        if not events or (min(map(_AT, events)) >= EARLIEST and max(map(_AT, events)) < LATEST):
+        times = [event.at for event in events]
+        if not times or (min(times) >= EARLIEST and max(times) < LATEST):
             return Decoded(events)
         pieces = self._pieces(body, array)
         if len(pieces) != len(events):
