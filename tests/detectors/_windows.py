@@ -18,7 +18,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 ROLLUPS: tuple[tuple[str, ...], ...] = (
-    ("provider",), ("provider", "model"), ("provider", "region"), ("deployment",), ("model",), ("provider", "tenant"),
+    (), ("provider",), ("provider", "model"), ("provider", "region"), ("deployment",), ("model",), ("provider", "tenant"),
     ("provider", "app"), ("tenant",), ("team",), ("app",), ("app", "prompt"), ("app", "model"), ("app", "agent"),
 )  # fmt: skip
 

@@ -75,6 +75,13 @@ def test_a_blip_of_one_window_below_the_outage_ratio_wakes_nobody() -> None:
         assert detector.feed([traffic.window(failing(0.25, n=10_000)), *traffic.windows(20, quiet())]) == []
 
 
+def test_the_only_tenant_of_a_whole_estate_is_enough_to_blame_the_provider() -> None:
+    """Nobody else could bear it out, and an outage that nobody is told of is worse."""
+    traffic, detector = Traffic(), ErrorRatio()
+    detector.feed(traffic.windows(60, calls(100, provider="b", tenants=1)))
+    assert phases(about(detector.feed([traffic.window(failing(0.6, tenants=1))]), provider="b")) == ["on"]
+
+
 def test_one_tenant_alone_does_not_blame_the_provider() -> None:
     traffic, detector = Traffic(), ErrorRatio()
     others = calls(100, provider="b", tenants=9)
@@ -173,7 +180,7 @@ def test_what_is_anomalous_does_not_become_normal() -> None:
 def test_after_a_day_the_new_level_is_accepted() -> None:
     traffic, detector = Traffic(), ErrorRatio(Params(accept_after_s=600.0))
     detector.feed(traffic.windows(60, quiet()))
-    found = detector.feed(traffic.windows(200, failing(0.3)))
+    found = detector.feed(traffic.windows(200, failing(0.25)))
     assert phases(found) == ["on"] + ["still"] * 58 + ["off"]
     assert found[-1].evidence["accepted_as_normal"] == 1
 

@@ -49,9 +49,9 @@ class Group:
     cold_ratio: float
 
 
-HEALTH: Final = Group("health", tuple(c for c in CLASSES if c in PROVIDER_HEALTH), 0.005, 0.10)
-AUTH: Final = Group("auth", ("auth",), 0.001, 0.10)
-QUOTA: Final = Group("quota", ("quota_exhausted",), 0.001, 0.10)
+HEALTH: Final = Group("health", tuple(c for c in CLASSES if c in PROVIDER_HEALTH), 0.005, 0.05)
+AUTH: Final = Group("auth", ("auth",), 0.001, 0.05)
+QUOTA: Final = Group("quota", ("quota_exhausted",), 0.001, 0.05)
 RATE: Final = Group("rate", ("rate_limited",), 0.005, 0.20)
 CONTEXT: Final = Group("context", ("context_too_long",), 0.005, 0.20)
 FILTER: Final = Group("filter", ("content_filter",), 0.005, 0.20)
@@ -85,7 +85,7 @@ class Params:
     Args:
         min_attempts: calls that a blamed ratio must rest on, counted since the trouble began.
         min_failing_tenants: distinct tenants that must fail before a provider, model, region or deployment is blamed;
-            waived where a series' calls name no tenant at all.
+            waived where a series' calls name no tenant at all, and where the whole estate never had more than one.
         effect_times, effect_points: the ratio must reach max(times * normal, normal + points) (for a high normal: half of what
             is left to 1), whatever the evidence.
         warmup_attempts: calls until a series' own normal counts fully; until then `Group.cold_ratio` is part of it.
@@ -211,6 +211,8 @@ class ErrorRatio:
         self.params = params if params is not None else Params()
         self.budget = budget if budget is not None else PageBudget()
         self._scopes = [_Scope(by, groups, self.params) for by, groups in SCOPES.items()]
+        self._most_tenants = 0
+        """Most tenants that ever called in one window: with a single one, nobody could bear it out that it is not the tenant's."""
 
     def feed(self, batch: Sequence[Window]) -> list[Anomaly]:
         out: list[Anomaly] = []
@@ -223,6 +225,9 @@ class ErrorRatio:
                     present.append((scope, rollup))
             self._register()
             threshold = self.budget.nats(window.end - window.start)
+            total = window.rollups.get(())
+            if total is not None and len(total):
+                self._most_tenants = max(self._most_tenants, int(total.tenants[0]))
             for scope, rollup in present:
                 self._judge_scope(scope, rollup, window, threshold, out)
         return out
@@ -315,6 +320,8 @@ class ErrorRatio:
         alarm = (score >= threshold) & enough & away
         if scope.shared_by_many:
             blamable = (most >= params.min_failing_tenants) | (rollup.tenants[rows] == 0)
+            if self._most_tenants == 1:
+                blamable[:] = True
             # Tenants are counted by class; where a mix of classes leaves it open how many fail, the cells know.
             unsure = alarm & ~blamable & (by_class.sum(axis=1) >= params.min_failing_tenants)
             for i in np.flatnonzero(unsure).tolist():
@@ -466,11 +473,13 @@ class ErrorRatio:
             {"by": list(s.by), "table": s.table.pack(), "episodes": [e.pack() for e in s.episodes]}
             for s in self._scopes
         ]
-        return pack_state(self.kind, _VERSION, state)
+        return pack_state(self.kind, _VERSION, {"scopes": state, "most_tenants": self._most_tenants})
 
     def restore(self, state: bytes) -> None:
         """Raises: SnapshotError when the bytes are of another detector or version, or damaged."""
-        found = {tuple(s["by"]): s for s in unpack_state(state, self.kind, _VERSION)}
+        saved_state = unpack_state(state, self.kind, _VERSION)
+        self._most_tenants = saved_state["most_tenants"]
+        found = {tuple(s["by"]): s for s in saved_state["scopes"]}
         for scope in self._scopes:
             saved = found[scope.by]
             scope.table.load(saved["table"])
