@@ -130,7 +130,6 @@ def convert(folder: str | Path, out: str | Path) -> int:
 def measure(folder: Path) -> dict[str, dict[str, Any]]:
     """Per label: runs, runs flagged by each event detector, and the patterns of the loops."""
     from flyball.detectors.agent_inflation import AgentInflation
-
     from flyball.detectors.runaway_loop import RunawayLoop
 
     label_of: dict[str, str] = {}

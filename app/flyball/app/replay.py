@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import zstandard
-from flyball.streams.sniff import sniff
 
 from flyball.app import views
 from flyball.app.pipeline import Pipeline
@@ -20,6 +19,7 @@ from flyball.core.errors import ConfigError
 from flyball.core.estate import Emissions
 from flyball.core.events import Batch, Event
 from flyball.core.ports import Format
+from flyball.streams.sniff import sniff
 
 _CHUNK: Final = 8 << 20
 _REORDER_EVENTS: Final = 1_000_000

@@ -8,12 +8,12 @@ from urllib.parse import urlsplit
 
 import httpx
 import structlog
-from flyball.streams.formats.prometheus import Prometheus
 
 from flyball.app.embedded import Embedded, Overloaded
 from flyball.app.settings import ScrapeTarget, Settings
 from flyball.core.errors import NotAccepted
 from flyball.streams.formats._options import FormatOptions
+from flyball.streams.formats.prometheus import Prometheus
 from flyball.streams.sources.scrape import scrape
 
 _log = structlog.get_logger(__name__)

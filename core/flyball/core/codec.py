@@ -46,7 +46,9 @@ def unpack_state(data: bytes, kind: str, version: int, type: type[T] | Any = Any
     Raises: SnapshotError when the bytes are of another stage or version, or damaged.
     """
     try:
-        magic, found_kind, found_version, raw = msgspec.msgpack.decode(data, type=tuple[str, str, int, msgspec.Raw])
+        magic, found_kind, found_version, raw = msgspec.msgpack.decode(
+            data, type=tuple[str, str, int, msgspec.Raw]
+        )
     except (msgspec.DecodeError, msgspec.ValidationError) as e:
         raise SnapshotError(f"not a snapshot: {e}") from e
     if (magic, found_kind, found_version) != (_SNAPSHOT_MAGIC, kind, version):

@@ -18,20 +18,38 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 BASE_LABELS: Final[tuple[str, ...]] = (
-    "provider", "model", "deployment", "region", "app", "prompt", "team", "tenant", "agent",
+    "provider",
+    "model",
+    "deployment",
+    "region",
+    "app",
+    "prompt",
+    "team",
+    "tenant",
+    "agent",
 )
 """The labels of a cell: the finest thing that windows tell apart."""
 
 SUMS: Final[tuple[str, ...]] = (
-    "input_tokens", "output_tokens", "cache_read_tokens", "reasoning_tokens", "cost_usd", "latency_s", "ttft_s",
-    "log_input_tokens", "log_output_tokens", "log2_input_tokens", "log2_output_tokens", "log_latency_s", "log2_latency_s",
-    "log_ttft_s", "log2_ttft_s",
+    "input_tokens",
+    "output_tokens",
+    "cache_read_tokens",
+    "reasoning_tokens",
+    "cost_usd",
+    "latency_s",
+    "ttft_s",
+    "log_input_tokens",
+    "log_output_tokens",
+    "log2_input_tokens",
+    "log2_output_tokens",
+    "log_latency_s",
+    "log2_latency_s",
+    "log_ttft_s",
+    "log2_ttft_s",
 )
 """Columns of `Rollup.sums`. `log_x` is the sum of ln(x), `log2_x` of ln(x)², over calls where x > 0 was reported."""
 
-COUNTED: Final[dict[str, str]] = {
-    name: name.removeprefix("log_").removeprefix("log2_") for name in SUMS
-}
+COUNTED: Final[dict[str, str]] = {name: name.removeprefix("log_").removeprefix("log2_") for name in SUMS}
 """Which column of `Rollup.counts` divides a sum: `sums["log_latency_s"] / counts["latency_s"]`."""
 
 
@@ -101,7 +119,9 @@ class Window:
     samples: Mapping[tuple[int, int], tuple[str, ...]]
     live: bool = True
 
-    def sample_ids(self, scope: Mapping[str, str], error_index: int | None = None, limit: int = 5) -> list[str]:
+    def sample_ids(
+        self, scope: Mapping[str, str], error_index: int | None = None, limit: int = 5
+    ) -> list[str]:
         """Up to `limit` event ids of failed calls whose cell carries all labels of `scope`."""
         found: list[str] = []
         position = {name: i for i, name in enumerate(self.cells.by)}

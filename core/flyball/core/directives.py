@@ -70,7 +70,15 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
     step: str
     action: str
     result: Literal[
-        "not_accepted", "applied", "failed", "ambiguous", "verified", "unverified", "undone", "released", "expired"
+        "not_accepted",
+        "applied",
+        "failed",
+        "ambiguous",
+        "verified",
+        "unverified",
+        "undone",
+        "released",
+        "expired",
     ]
     reason: str = ""
     directive: str = ""

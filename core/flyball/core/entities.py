@@ -8,8 +8,21 @@ from typing import Final
 import msgspec
 
 ENTITY_KINDS: Final[tuple[str, ...]] = (
-    "provider", "model", "deployment", "region", "app", "prompt_version", "team", "tenant", "agent", "run", "tool",
-    "gpu", "node", "key", "stream",
+    "provider",
+    "model",
+    "deployment",
+    "region",
+    "app",
+    "prompt_version",
+    "team",
+    "tenant",
+    "agent",
+    "run",
+    "tool",
+    "gpu",
+    "node",
+    "key",
+    "stream",
 )
 """Every `root.kind`. `stream` is Flyball's own telemetry: a sender that stopped, a topic full of poison."""
 

@@ -26,7 +26,9 @@ Count: TypeAlias = Annotated[int, Meta(ge=0, le=1_000_000_000_000)]
 Seconds: TypeAlias = Annotated[float, Meta(ge=0.0)]
 
 
-class LlmCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag_field="type", tag="llm_call"):
+class LlmCall(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag_field="type", tag="llm_call"
+):
     """One attempt to call a model, finished: by success, failure or the client's leaving.
 
     `input_tokens` includes cached tokens, `output_tokens` includes reasoning tokens. `error` is a canonical class
@@ -34,7 +36,9 @@ class LlmCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     """
 
     at: At
-    id: Annotated[str, Meta(max_length=512, description="provider's response id; identifies the call across its copies")] = ""
+    id: Annotated[
+        str, Meta(max_length=512, description="provider's response id; identifies the call across its copies")
+    ] = ""
     provider: Label = ""
     model: Label = ""
     model_served: Label = ""
@@ -44,12 +48,16 @@ class LlmCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     prompt: Annotated[str, Meta(max_length=512, description="prompt version, `name@version`")] = ""
     team: Label = ""
     tenant: Label = ""
-    key: Annotated[str, Meta(max_length=512, description="alias or hash of the credential, never the credential")] = ""
+    key: Annotated[
+        str, Meta(max_length=512, description="alias or hash of the credential, never the credential")
+    ] = ""
     agent: Label = ""
     run: Label = ""
     operation: Annotated[str, Meta(max_length=64, description="chat, embeddings, …; empty means chat")] = ""
     error: Annotated[str, Meta(max_length=64, description="canonical error class; empty = success")] = ""
-    error_code: Annotated[str, Meta(max_length=128, description="status or code as the provider gave it")] = ""
+    error_code: Annotated[str, Meta(max_length=128, description="status or code as the provider gave it")] = (
+        ""
+    )
     input_tokens: Count | None = None
     output_tokens: Count | None = None
     cache_read_tokens: Count | None = None
@@ -64,10 +72,20 @@ class LlmCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     trace: Label = ""
     span: Label = ""
     parent: Label = ""
-    scope: Annotated[str, Meta(max_length=512, description="who reported it: instrumentation scope or gateway")] = ""
+    scope: Annotated[
+        str, Meta(max_length=512, description="who reported it: instrumentation scope or gateway")
+    ] = ""
 
 
-class AgentStep(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag_field="type", tag="agent_step"):
+class AgentStep(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    omit_defaults=True,
+    gc=False,
+    tag_field="type",
+    tag="agent_step",
+):
     """One step of an agent run that is not itself an LLM call: a tool call, a hand-off, a user's turn.
 
     `args_hash` and `result_hash` are keyed hashes: equal means the same content, and nothing else can be read off them.
@@ -79,7 +97,9 @@ class AgentStep(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, g
     agent: Label = ""
     team: Label = ""
     tenant: Label = ""
-    kind: Annotated[str, Meta(max_length=32, description="tool, agent, handoff, user, message, other")] = "tool"
+    kind: Annotated[str, Meta(max_length=32, description="tool, agent, handoff, user, message, other")] = (
+        "tool"
+    )
     tool: Label = ""
     step: Count | None = None
     args_hash: Label = ""
@@ -95,7 +115,15 @@ class AgentStep(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, g
     scope: Label = ""
 
 
-class GpuSample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag_field="type", tag="gpu_sample"):
+class GpuSample(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    omit_defaults=True,
+    gc=False,
+    tag_field="type",
+    tag="gpu_sample",
+):
     """What one GPU, or one inference server, said at one scrape.
 
     `values` maps canonical metric names (units in the name, counters end in `_total`) to numbers; a metric that the
@@ -104,7 +132,9 @@ class GpuSample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, g
 
     at: At
     node: Label = ""
-    gpu: Annotated[str, Meta(max_length=512, description="GPU UUID, else index; empty for an inference server")] = ""
+    gpu: Annotated[
+        str, Meta(max_length=512, description="GPU UUID, else index; empty for an inference server")
+    ] = ""
     hardware: Label = ""
     pod: Label = ""
     namespace: Label = ""
@@ -119,7 +149,10 @@ class Change(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_
     """Something a person or pipeline changed: what every on-call engineer asks for first."""
 
     at: At
-    kind: Annotated[str, Meta(max_length=64, description="deploy, prompt, model, route, config, driver, provider_notice, …")]
+    kind: Annotated[
+        str,
+        Meta(max_length=64, description="deploy, prompt, model, route, config, driver, provider_notice, …"),
+    ]
     summary: Annotated[str, Meta(max_length=2000)] = ""
     labels: dict[str, str] = {}
     version: Label = ""
@@ -128,7 +161,15 @@ class Change(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_
     id: Label = ""
 
 
-class Evaluation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag_field="type", tag="evaluation"):
+class Evaluation(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    omit_defaults=True,
+    gc=False,
+    tag_field="type",
+    tag="evaluation",
+):
     """One quality score of one answer."""
 
     at: At

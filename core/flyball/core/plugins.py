@@ -48,6 +48,12 @@ class Registry:
             raise ConfigError(f"unknown {self.family.rstrip('s')} {kind!r}{did_you_mean(kind, self.kinds())}")
         module = importlib.import_module(self._modules[kind])
         for value in vars(module).values():
-            if isinstance(value, type) and value.__module__ == module.__name__ and getattr(value, "kind", None) == kind:
+            if (
+                isinstance(value, type)
+                and value.__module__ == module.__name__
+                and getattr(value, "kind", None) == kind
+            ):
                 return value
-        raise ConfigError(f"{module.__name__} has no class with kind = {kind!r}; one file, one kind, equal names")
+        raise ConfigError(
+            f"{module.__name__} has no class with kind = {kind!r}; one file, one kind, equal names"
+        )

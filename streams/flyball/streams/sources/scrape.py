@@ -24,7 +24,9 @@ async def scrape(
             async for chunk in response.aiter_bytes():
                 page += chunk
                 if len(page) > MAX_PAGE_BYTES:
-                    raise NotAccepted(f"{url} sends more than {MAX_PAGE_BYTES >> 20} MiB; it is no metrics page")
+                    raise NotAccepted(
+                        f"{url} sends more than {MAX_PAGE_BYTES >> 20} MiB; it is no metrics page"
+                    )
     except httpx.HTTPError as e:
         raise NotAccepted(f"{url} cannot be scraped ({type(e).__name__})") from e
     return decode(bytes(page))
