@@ -33,7 +33,7 @@ _FIELDS: Final = (
     "later_between", "later_lag", "later_mass",
 )  # fmt: skip
 _AT: Final = {name: i for i, name in enumerate(_FIELDS)}
-_PRIOR_WINDOWS: Final = 10.0
+_PRIOR_WINDOWS: Final = 20.0
 """Weight of what is believed about the scatter between windows before any was seen."""
 _PRIOR_WITHIN: Final = 2.0
 """Weight, in windows, of what is believed about the variance among the calls of a window (1.0) before any was seen."""
@@ -56,6 +56,8 @@ class LevelParams:
         blend_calls: the recent level is smoothed over about so many calls.
         patience_windows: windows of a departure until they count as scatter of the series after all. Earlier they do not: what
             lasts would pass for scatter that lasts, and hide itself.
+        calm_halves: a window less than half the effect above normal halves what was gathered (less evidence than allowed is
+            always sound): for volumes, where rare bursts would otherwise add up over hours.
         drift_nats: taken off the evidence in every window, so that small errors of the learned normal do not add up for hours.
         off_after, off_calls: quiet windows in a row, and calls in them, that end an episode.
         accept_after_s: an episode that lasts longer ends, and its level becomes the new normal.
@@ -72,6 +74,7 @@ class LevelParams:
     half_life_s: float = 3_600.0
     blend_calls: float = 20.0
     patience_windows: int = 60
+    calm_halves: bool = False
     drift_nats: float = 0.1
     off_after: int = 3
     off_calls: float = 10.0
@@ -368,7 +371,10 @@ def _gather(
         gain = (np.float32(shift) * d - np.float32(shift * shift / 2)) / variance
         if more is not None:
             gain += more
+        before = m / 2
         m += np.minimum(gain, most) - np.float32(params.drift_nats)
+        if params.calm_halves:
+            m[:] = np.where(d < params.effect_log / 2, np.minimum(m, before), m)
     score: Floats = np.logaddexp(m0.astype(np.float64), m1.astype(np.float64)) - np.log(2.0)
     for m in (m0, m1):
         m[:] = np.where(warm, np.minimum(np.maximum(m, 0), np.float32(2 * threshold)), 0)

@@ -34,6 +34,7 @@ class Params(LevelParams):
     min_calls: int = 60
     blend_calls: float = 0.0
     patience_windows: int = 6
+    calm_halves: bool = True
     failing_ratio: float = 0.5
     rho: float = 0.02
 

@@ -34,6 +34,7 @@ class Params(LevelParams):
     half_life_s: float = 7_200.0
     blend_calls: float = 0.0
     patience_windows: int = 6
+    calm_halves: bool = True
     off_calls: float = 0.0
     block_s: float = 60.0
     min_usd_per_min: float = 0.05

@@ -419,7 +419,7 @@ class Correlator(Desk):
             return case.primary()
         until = case.incident.since + _TOGETHER_S
         acted = min((e.granted_at for e in case.effects.values()), default=until)
-        return [a for a in case.primary() if a.since <= min(until, acted)]
+        return [a for a in case.primary() if a.since <= min(until, acted) or group_of(a.signal) == "gpu"]
 
     def _others(self, case: Case) -> list[dict[str, str]]:
         return [

@@ -119,7 +119,9 @@ class Joiner:
             followed = self._failures_of(case, a)
             if followed >= self._settings.explained_ratio:
                 return followed
-        share = self.explained(a, self.scopes(scope))
+        # Where a level began to move is known only to a minute or so: what it did before the incident does not count.
+        since = max(a.since, case.incident.since) if group_of(a.signal) == case.group else a.since
+        share = self.explained(a, self.scopes(scope), since)
         if share is None:
             return 0.5 if _within(a.labels, scope) or self._used(case, a) else 0.0
         return share if share >= self._settings.explained_ratio else 0.0
@@ -146,11 +148,13 @@ class Joiner:
         hit = of & measure.any_mask(self.scopes(case.incident.scope))
         return float(measure.count[hit].sum()) >= _USED_RATIO * float(measure.count[of].sum()) > 0.0
 
-    def explained(self, a: Anomaly, scopes: Sequence[Mapping[str, str]]) -> float | None:
+    def explained(
+        self, a: Anomaly, scopes: Sequence[Mapping[str, str]], since: float | None = None
+    ) -> float | None:
         """Share of an anomaly's excess that lies in some scopes; 0.0 where the rest of it departs as much, because then the
         scopes are not the reason; None where cells cannot say."""
         spec = spec_of(a.signal, a.klass)
-        measure = None if spec is None else self._cells.measure(spec, a.since)
+        measure = None if spec is None else self._cells.measure(spec, a.since if since is None else since)
         labels = {k: v for k, v in a.labels.items() if k in LABEL_POSITION}
         if measure is None or not scopes or not labels:
             return None
@@ -198,7 +202,11 @@ class Joiner:
         if measure is None or not labels:
             return False
         of = measure.mask(labels)
-        return float(measure.now[of & measure.mask(scope)].sum()) >= _USED_RATIO * float(measure.now[of].sum()) > 0.0
+        return (
+            float(measure.now[of & measure.mask(scope)].sum())
+            >= _USED_RATIO * float(measure.now[of].sum())
+            > 0.0
+        )
 
     def _window_s(self) -> float:
         newest = self._cells.ring[-1] if self._cells.ring else None

@@ -73,7 +73,10 @@ _PER_KIND: Final = 4
 _SHOWN: Final = 5
 _MIN_CALLS: Final = 5
 _CHANGED_FACTOR: Final = 3.0
-"""What a change about an entity, shortly before, adds to the belief in it."""
+"""What a change about an entity, in the hour before, adds to the belief in it."""
+_JUST_CHANGED_FACTOR: Final = 10.0
+_JUST_S: Final = 300.0
+"""The same when it came just before: that a change meets the beginning of trouble to the minute is seldom chance."""
 _SOLE_TENANT_FACTOR: Final = 0.15
 _CALLED_MORE: Final = {"rate_limited": 20.0, "health": 5.0}
 """What having multiplied its calls adds to the belief in an app, by family of errors."""
@@ -234,7 +237,8 @@ class Ranker:
                 (x for x in reversed(changes) if x.at <= since + 60.0 and _is_about(x, c.entity)), None
             )
             if change is not None:
-                c.log_weight += float(np.log(_CHANGED_FACTOR))
+                just = since - change.at <= _JUST_S
+                c.log_weight += float(np.log(_JUST_CHANGED_FACTOR if just else _CHANGED_FACTOR))
                 before = max((since - change.at) / 60.0, 0.0)
                 c.extra_for += (f"{change.kind} about it {before:.0f} min before",)
             if leader.signal == "llm.errors":

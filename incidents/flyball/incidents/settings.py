@@ -33,6 +33,8 @@ class SeveritySettings(BaseModel):
     token_calls_high: int = Field(20, ge=1)
     excess_usd_per_min_high: float = Field(1.0, gt=0)
     """Money above the expected, from which on token and cost incidents are HIGH whatever the factor."""
+    excess_usd_high: float = Field(20.0, ge=0)
+    """Incidents about nothing but cost must have cost so much more besides: a client's burst of a minute wakes nobody."""
     retry_factor_high: float = Field(1.8, gt=1)
     """Calls against the expected number of calls."""
     loop_usd_per_min_high: float = Field(0.0, ge=0)

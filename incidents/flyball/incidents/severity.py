@@ -91,7 +91,11 @@ def _errors(a: Anomaly, case: Case, s: SeveritySettings) -> Verdict:
 
 
 def _factor(a: Anomaly, case: Case) -> float:
+    """How many times the expected: by the anomaly itself, or by the root's calls. Of times the smaller of the two: means of
+    few calls are moved by a single long one."""
     own = a.observed / a.expected if a.expected > 0 else 1.0
+    if group_of(a.signal) == "slow":
+        return min(own, case.factor) if a.signal == case.incident.signal and case.factor > 1.0 else own
     return max(own, case.factor if a.signal == case.incident.signal else 1.0)
 
 
@@ -103,9 +107,12 @@ def _multiple(a: Anomaly, case: Case, high: float, calls: int, what: str) -> Ver
 
 
 def _excess_usd_per_min(case: Case) -> float:
+    """Now, and on average since the start: one dear window is no velocity."""
     if case.factor <= 1.0:
         return 0.0
-    return case.tally.usd_per_min_now * (1.0 - 1.0 / case.factor)
+    t = case.tally
+    velocity = min(t.usd_per_min_now, t.usd / t.minutes if t.minutes > 0 else 0.0)
+    return velocity * (1.0 - 1.0 / case.factor)
 
 
 def _tokens(a: Anomaly, case: Case, s: SeveritySettings) -> Verdict:
@@ -124,10 +131,12 @@ def _tokens(a: Anomaly, case: Case, s: SeveritySettings) -> Verdict:
 
 def _cost(a: Anomaly, case: Case, s: SeveritySettings) -> Verdict:
     extra = _excess_usd_per_min(case)
-    if extra >= s.excess_usd_per_min_high:
+    total = extra * case.tally.minutes
+    if extra >= s.excess_usd_per_min_high and total >= s.excess_usd_high:
         return (
             Severity.HIGH,
-            f"{usd(extra)}/min more than expected (high from {usd(s.excess_usd_per_min_high)}/min)",
+            f"{usd(extra)}/min more than expected, {usd(total)} so far (high from {usd(s.excess_usd_per_min_high)}/min and "
+            f"{usd(s.excess_usd_high)})",
         )
     value = _factor(a, case)
     return (

@@ -82,7 +82,7 @@ _RANK: Final[dict[str, int]] = {
     "gpu.fault": 0, "agent.loop": 1, "llm.errors": 3, "llm.input_tokens": 4, "llm.tokens": 4, "serving.queue": 5,
     "serving.kv_cache": 5, "serving.preemptions": 5, "serving.ttft": 5, "llm.retries": 6, "llm.calls": 6, "llm.volume": 6,
     "llm.output_tokens": 5, "llm.latency": 7, "llm.ttft": 7, "agent.spend": 8, "agent.context": 8, "agent.fan_out": 8,
-    "gpu.throttle": 8, "llm.cost": 9, "llm.cache": 10, "stream.silent": 11, "stream.poison": 11,
+    "gpu.throttle": 4, "llm.cost": 9, "llm.cache": 10, "stream.silent": 11, "stream.poison": 11,
 }  # fmt: skip
 """Nearness to a cause: the lowest leads an incident, names its signal and chooses how roots are measured."""
 

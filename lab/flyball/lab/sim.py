@@ -117,7 +117,7 @@ class Simulator:
             fault = replace(fault, run=name)
             self._agents.set_loop(name, fault)
         if isinstance(fault, PromptInflation):
-            fault = replace(fault, spread_log=estate.apps[estate.app_index[fault.app]].input_spread_log)
+            fault = replace(fault, spread_log=self._spread(estate.app_index[fault.app], fault.start))
             if fault.prompt not in self._names.prompts:
                 self._names.prompts.append(fault.prompt)
             self._announce(fault.start, fault.app, fault.prompt)
@@ -135,6 +135,20 @@ class Simulator:
             self._agents.set_loop(fault.run, fault)
         if isinstance(fault, PromptInflation):
             self._roll_back(fault)
+
+    def _spread(self, app: int, at: float) -> float:
+        """Standard deviation of ln(input tokens) that independent calls of an app would have, if the means of its windows scattered
+        as they do: with the rare tail, and with the calls that one client sends together. Of two hours before `at`."""
+        first = int(at // BLOCK_S)
+        blocks = (self._traffic.block(i) for i in range(first - 120, first))
+        told = [b[b["app"] == app] for b in blocks]
+        start = np.concatenate([b["start"] for b in told])
+        logs = np.log(np.concatenate([b["input"] for b in told]))
+        if len(logs) < 200:
+            return self.estate.apps[app].input_spread_log
+        _, window, calls = np.unique(start // 10.0, return_inverse=True, return_counts=True)
+        means = np.bincount(window, logs) / calls
+        return float(np.sqrt(np.mean(calls * (means - logs.mean()) ** 2)))
 
     def _roll_back(self, fault: PromptInflation) -> None:
         prompt = next(a.prompt for a in self.estate.apps if a.name == fault.app)
