@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from itertools import compress, islice
+from itertools import compress
 from operator import attrgetter
 from typing import Any, Final
 
@@ -30,6 +30,10 @@ from flyball.streams._seen import SeenIds, hashes
 _VERSION: Final = 2
 _RECENT_CALLS: Final = 1000
 """Calls held for the moment that a second scope shows up. Few, because they keep the next body out of the cache."""
+_RUSH_CALLS: Final = 256
+_RUSH_S: Final = 0.1
+"""A batch of more calls than that within less time is not held: at such a rate a thousand calls pass in a moment, and their copies come
+seconds later."""
 _SAMPLE: Final = 64
 
 _scope = attrgetter("scope")
@@ -139,7 +143,7 @@ class Deduplicator:
         """All at once: True when there is one reporter, every event has an id of its own, and no id, span or parent was
         seen before. Nothing is changed otherwise."""
         new, old = self._new, self._old
-        sample = events if len(events) <= _SAMPLE else list(islice(events, 0, None, len(events) // _SAMPLE))
+        sample = events if len(events) <= _SAMPLE else events[:: len(events) // _SAMPLE]
         try:
             scopes = set(map(_scope, sample))
             spanned = any(map(_span, sample))
@@ -156,8 +160,8 @@ class Deduplicator:
         if (
             (ordered[1:] == ordered[:-1]).any()
             or not keys.all()
-            or new.seen.any_of(keys)
             or old.seen.any_of(keys)
+            or new.seen.any_of(keys)
         ):
             return False
         calls: Sequence[Event] = events
@@ -192,6 +196,10 @@ class Deduplicator:
 
     def _keep_recent(self, events: Sequence[Event], sender: str) -> None:
         """Batches to look back at should a second scope appear: its copies may be of calls that just passed."""
+        if len(events) > _RUSH_CALLS and abs(events[-1].at - events[0].at) < _RUSH_S:
+            self._recent.clear()
+            self._recent_calls = 0
+            return
         self._recent.append((events, sender))
         self._recent_calls += len(events)
         while self._recent_calls > _RECENT_CALLS and len(self._recent) > 1:
