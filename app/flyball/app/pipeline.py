@@ -233,7 +233,7 @@ class Pipeline:
 
     def _windows_only(self, by_type: Counter[type]) -> bool:
         """LLM calls of a batch without runs interest no event detector; told by one look at types that detectors ask for."""
-        return not any(t in d.types for d in self._on_events for t in by_type)
+        return Change not in by_type and not any(t in d.types for d in self._on_events for t in by_type)
 
     def _judge_events(self, events: Sequence[Event], by_type: Counter[type], out: Emissions) -> None:
         self._timed("correlate", self._correlator.observe_events, events)
