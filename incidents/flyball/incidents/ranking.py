@@ -176,7 +176,9 @@ class Ranker:
             return None
         measure = measure.without(without)
         total_now, total_expected = float(measure.now.sum()), float(measure.expected.sum())
-        if total_now <= 0 or total_expected <= 0 or float(measure.excess.sum()) <= 0:
+        # Of what the leader names: elsewhere the mass may fall by more than it rises here.
+        named = {k: v for k, v in leader.labels.items() if k in LABEL_POSITION and v}
+        if total_now <= 0 or total_expected <= 0 or float(measure.excess[measure.mask(named)].sum()) <= 0:
             return None
         egress = self._egress(leader, measure)
         if egress is not None:
