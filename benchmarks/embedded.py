@@ -37,8 +37,8 @@ _CALLS_A_SECOND: Final = 100_000
 _WINDOW_S: Final = 10
 _WARM_S: Final = 12
 """Seconds of event time before measuring: the first window closes after them."""
-_BODIES_UNANSWERED: Final = 16
-_BODIES_BEHIND: Final = 16
+_BODIES_UNANSWERED: Final = 32
+_BODIES_BEHIND: Final = 32
 
 
 class EventTime:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -19,6 +20,8 @@ from flyball.app.store.store import Commit, DeadLetter, LogRow
 from flyball.core.errors import FlyballError
 
 _MOST_JOBS: Final = 1024
+LINGER_S: Final = 0.002
+"""How long the first job of a transaction waits for others: commits cost far more than rows."""
 _TRIM_ROWS: Final = 500
 """Rows of the log removed in one transaction: answers wait for it."""
 
@@ -154,6 +157,8 @@ class Writer:
         """At least one job, and whatever else is queued; whether these are the last."""
         jobs: list[Append | Commit | Work] = []
         job = self._jobs.get()
+        if self._jobs.empty():
+            time.sleep(LINGER_S)
         while job is not None:
             jobs.append(job)
             if len(jobs) >= _MOST_JOBS:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from flyball.core.incident import Incident, State
 from flyball.remediation.http_guard import HttpUrl
-from flyball.remediation.notifiers._base import Delivery, Receipt, dumps, iso, post
+from flyball.remediation.notifiers._base import Delivery, Receipt, dumps, finite, iso, post
 from flyball.remediation.notifiers._text import fit, forwarded
 from flyball.remediation.render import Message
 
@@ -67,7 +67,8 @@ class Alertmanager:
     def payload(self, message: Message, incident: Incident, *, now: float) -> dict[str, Any]:
         """The alert; `now` is wall time, from which its end is counted."""
         resolved = incident.state is State.RESOLVED
-        ends = min(incident.resolved_at or now, now) if resolved else now + 4 * self._params.repeat_s
+        over_at = finite(incident.resolved_at or 0.0) or now
+        ends = min(over_at, now) if resolved else now + 4 * self._params.repeat_s
         alert: dict[str, Any] = {
             "labels": self._labels(message, incident),
             "annotations": {
@@ -77,7 +78,7 @@ class Alertmanager:
                 "why": fit(message.why, 400, forwarded),
             },
             # A start behind the end is refused as a whole, and event time may run ahead of ours.
-            "startsAt": iso(min(incident.since, ends)),
+            "startsAt": iso(min(finite(incident.since), ends)),
             "endsAt": iso(ends),
         }
         alert["annotations"] = {k: v for k, v in alert["annotations"].items() if v}
