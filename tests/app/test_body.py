@@ -30,6 +30,7 @@ def test_two_gzip_members_are_one_body() -> None:
 @pytest.mark.parametrize(
     ("bomb", "encoding"),
     [(gzip.compress(b"0" * (50 * LIMIT)), "gzip"), (zstandard.compress(b"0" * (50 * LIMIT)), "zstd")],
+    ids=["gzip", "zstd"],
 )
 def test_a_bomb_is_refused_without_being_blown_up(bomb: bytes, encoding: str) -> None:
     assert len(bomb) < LIMIT
