@@ -8,7 +8,15 @@ from typing import Protocol
 
 from flyball.core.anomaly import Anomaly
 from flyball.core.columns import Window
-from flyball.core.directives import Decision, Directive, DirectiveChange, Enforced, Outcome
+from flyball.core.directives import (
+    Decision,
+    Directive,
+    DirectiveChange,
+    Enforced,
+    Intervention,
+    Operation,
+    Outcome,
+)
 from flyball.core.events import Batch
 from flyball.core.incident import IncidentChange
 
@@ -36,7 +44,14 @@ class Estate(Protocol):
         """Calls that failed in a way that counts against provider health, of all attempts, in `scope`."""
         ...
 
-    def calls(self, scope: Mapping[str, str], span_s: float) -> int: ...
+    def calls(self, scope: Mapping[str, str], span_s: float) -> int:
+        """Attempts and refusals alike. A scope of one `run` is answered from the newest steps of runs; any other label that
+        windows do not carry selects nothing."""
+        ...
+
+    def attempts(self, scope: Mapping[str, str], span_s: float) -> int:
+        """As `calls`, without those that an enforcement point or a gateway refused by itself."""
+        ...
 
     def values(self, label: str, scope: Mapping[str, str], span_s: float) -> Sequence[str]:
         """Distinct values of one label (`provider`, `tenant`, …) within `scope`, most calls first."""
@@ -44,6 +59,18 @@ class Estate(Protocol):
 
     def usd_per_hour(self, scope: Mapping[str, str], span_s: float) -> float | None:
         """None when no call in scope told its cost."""
+        ...
+
+    def tokens_per_min(self, scope: Mapping[str, str], span_s: float) -> float | None:
+        """Input and output; None when no call in scope told its tokens."""
+        ...
+
+    def latency_s(self, scope: Mapping[str, str], span_s: float) -> float | None:
+        """Mean over the successful calls; None when none told it."""
+        ...
+
+    def gpus(self, scope: Mapping[str, str], span_s: float) -> Sequence[str]:
+        """`node/gpu` of those that reported within the span; by `node`, `gpu`, `deployment`."""
         ...
 
 
@@ -57,6 +84,8 @@ class Emissions:
     decisions: list[Decision] = field(default_factory=list)
     directives: list[DirectiveChange] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
+    people: list[Intervention] = field(default_factory=list)
 
     def extend(self, other: Emissions) -> None:
         self.windows += other.windows
@@ -65,6 +94,8 @@ class Emissions:
         self.decisions += other.decisions
         self.directives += other.directives
         self.outcomes += other.outcomes
+        self.operations += other.operations
+        self.people += other.people
 
 
 class Governor(Protocol):

@@ -67,6 +67,7 @@ class RelatedChange(msgspec.Struct, frozen=True):
     summary: str
     labels: dict[str, str] = {}
     url: str = ""
+    actor: str = ""
 
 
 class ActionNote(msgspec.Struct, frozen=True):
@@ -80,6 +81,8 @@ class ActionNote(msgspec.Struct, frozen=True):
     """Empty, `granted`, `in_force`, `verified`, `released`, `expired`, `undone`, `failed`."""
     detail: str = ""
     directive: str = ""
+    plan: str = ""
+    """Hash of what waits for a person's answer; empty when nothing does."""
 
 
 class Incident(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="incident"):

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Protocol
 
 import msgspec
 from pydantic import BaseModel, BeforeValidator
 
-from flyball.core.directives import DirectiveKind
 from flyball.core.entities import Entity
 from flyball.core.ids import short_id
 
@@ -95,23 +94,34 @@ Share = Annotated[float, BeforeValidator(parse_share, json_schema_input_type=str
 """In (0, 1]; written `25%`."""
 
 
-class Term(msgspec.Struct, frozen=True):
-    """One comparison of a verification, such as `errors("to") < 0.02`. Without enough data it is neither true nor false."""
+Measure = Literal["errors", "calls", "calls_per_min", "tokens_per_min", "usd_per_hour", "latency_s"]
 
-    measure: Literal["errors", "calls", "usd_per_hour"]
+
+class Term(msgspec.Struct, frozen=True):
+    """One comparison of a verification, such as `errors("to") < 0.02`. Without enough data it is neither true nor false.
+
+    times_before: `bound` is then a multiple of the same measure just before the step acted:
+    `usd_per_hour("from") < 0.6 * before`.
+    """
+
+    measure: Measure
     of: Literal["to", "from"]
     op: Literal["<", "<=", ">", ">="]
     bound: float
+    times_before: bool = False
 
     def __str__(self) -> str:
-        return f'{self.measure}("{self.of}") {self.op} {self.bound:g}'
+        return (
+            f'{self.measure}("{self.of}") {self.op} {self.bound:g}{" * before" if self.times_before else ""}'
+        )
 
-    def holds(self, value: float) -> bool:
+    def holds(self, value: float, before: float = 1.0) -> bool:
+        bound = self.bound * before if self.times_before else self.bound
         if self.op == "<":
-            return value < self.bound
+            return value < bound
         if self.op == "<=":
-            return value <= self.bound
-        return value > self.bound if self.op == ">" else value >= self.bound
+            return value <= bound
+        return value > bound if self.op == ">" else value >= bound
 
 
 class Verify(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,16 +134,47 @@ class Verify(msgspec.Struct, frozen=True, kw_only=True):
     min_calls: int = 20
 
 
+class Retry(msgspec.Struct, frozen=True, kw_only=True):
+    """How often a step that was certainly not accepted is tried again. Ambiguous is never retried."""
+
+    count: int = 0
+    backoff_s: float = 5.0
+
+
+class StepApproval(msgspec.Struct, frozen=True, kw_only=True):
+    """The step asks a person first, also in mode `auto`. Not answered within `expires_s` is a no: what is in force is undone
+    (`undo`) or kept without going further (`hold`)."""
+
+    expires_s: float = 600.0
+    on_expire: Literal["undo", "hold"] = "hold"
+
+
+class HookCall(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step asks of a remediation hook: which one (by its name in the settings), what, of what, with what."""
+
+    hook: str
+    action: str
+    targets: tuple[str, ...]
+    params: dict[str, Any] = {}
+    dry_run_first: bool = True
+    undoable: bool = True
+
+
+Effect = Literal["redirect", "limit", "cap", "block", "operation"]
+
+
 class PlanStep(msgspec.Struct, frozen=True, kw_only=True):
     """One step with its targets and parameters resolved: nothing in it is looked up again later.
 
-    stages: params of the directive, one per step of the ramp; the next begins when the one before is verified.
-    source, target: where the effect is measured: the traffic acted on, and where it went.
+    kind: the directive that it grants, or `operation` for what a hook does (`hook` is then set).
+    stages: params of the directive, one per stage; of an operation one empty mapping.
+    source, target: where the effect is measured: the traffic acted on, and where it went (the same, where nothing moves).
+    baseline: figures of the source when it was well, as far as the incident tells: what recovery is judged by.
     """
 
     id: str
     action: str
-    kind: DirectiveKind
+    kind: Effect
     scope: dict[str, str]
     stages: tuple[dict[str, Any], ...]
     source: dict[str, str]
@@ -145,6 +186,15 @@ class PlanStep(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float
     """By when the last stage must be verified, else everything is undone."""
     verify: Verify = Verify()
+    progress: Literal["ramp", "ladder"] = "ramp"
+    """`ramp`: the next stage, then the next step, when this one is verified. `ladder`: verified is enough and stays; not
+    verified in time goes one rung on, to the next stage or step, with what is in force left in place."""
+    release: Literal["recovered", "resolved", "expiry"] = "recovered"
+    """When the effect is let go: when what it protects from is over, when the incident is resolved, or only by time."""
+    retry: Retry = Retry()
+    approval: StepApproval | None = None
+    hook: HookCall | None = None
+    baseline: dict[str, float] = {}
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="plan"):
@@ -163,6 +213,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="pla
     locks: tuple[str, ...] = ()
     max_age_s: float = 300.0
     approved_by: str = ""
+    dry_run: bool = False
+    """Everything is decided and recorded, nothing takes effect."""
     on_failure: Literal["undo_and_page", "undo", "page"] = "undo_and_page"
     plan_hash: str = ""
 
@@ -170,6 +222,17 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="pla
     def may_act(self) -> bool:
         """Whether it may be carried out as it stands: planned in `auto`, or in `approve` and approved by a person."""
         return self.mode == "auto" or (self.mode in ("approve", "suggest") and bool(self.approved_by))
+
+
+class Waiting(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that only a person can start: a plan, or a step of a running plan that asks first. `hash` binds the answer."""
+
+    hash: str
+    plan: Plan
+    since: float
+    until: float
+    step: str = ""
+    values: dict[str, Any] = {}
 
 
 def plan_hash(incident: str, runbook: str, attempt: int, steps: Sequence[PlanStep]) -> str:
@@ -224,13 +287,21 @@ class Frozen:
     locks: tuple[str, ...]
     max_share: float
     """Share of the calls in scope that the step touches at most: what the blast radius is computed from."""
+    progress: Literal["ramp", "ladder"] = "ramp"
+    release: Literal["recovered", "resolved", "expiry"] = "recovered"
+    hook: HookCall | None = None
+    baseline: Mapping[str, float] = field(default_factory=dict)
+    gpus: int | None = None
+    """GPUs that it takes out of service at most; None for what touches none."""
+    must_ask: str = ""
+    """Why a person has to approve it whatever the mode, e.g. `irreversible`; empty when not."""
 
 
 class Action(Protocol):
     """What a step of a runbook can do. One file in `remediation/actions`, named by its kind."""
 
     kind: ClassVar[str]
-    directive: ClassVar[DirectiveKind]
+    effect: ClassVar[Effect]
     Params: ClassVar[type[BaseModel]]
     references: ClassVar[frozenset[str]]
     """Words with a `$` or names such as `best_healthy` that `freeze` resolves; anything else in params is literal."""

@@ -18,6 +18,8 @@ class Leases(msgspec.Struct):
 
     def grant(self, plan: Plan, step: PlanStep, now: float, reason: str) -> DirectiveChange:
         """The first stage of a step. The id depends on plan and step only: granting twice is granting once."""
+        if step.kind == "operation":
+            raise ValueError(f"step {step.id} is an operation of a hook, which is no lease")
         directive = Directive(
             id=directive_id(plan, step),
             kind=step.kind,

@@ -167,6 +167,18 @@ class LiveEstate:
             return 0
         return sum(int(span.calls[mask[span.cell]].sum()) for span in self._within(span_s))
 
+    def attempts(self, scope: Mapping[str, str], span_s: float) -> int:
+        return self.errors(scope, span_s).n
+
+    def tokens_per_min(self, scope: Mapping[str, str], span_s: float) -> float | None:
+        return None
+
+    def latency_s(self, scope: Mapping[str, str], span_s: float) -> float | None:
+        return None
+
+    def gpus(self, scope: Mapping[str, str], span_s: float) -> Sequence[str]:
+        return []
+
     def values(self, label: str, scope: Mapping[str, str], span_s: float) -> Sequence[str]:
         mask = self._mask(scope)
         if mask is None or label not in _POSITION:

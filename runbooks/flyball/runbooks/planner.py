@@ -310,7 +310,7 @@ class Planner:
             PlanStep(
                 id=step.id,
                 action=step.action,
-                kind=step.implementation.directive,
+                kind=step.implementation.effect,
                 scope=f.scope,
                 stages=f.stages,
                 source=f.source,

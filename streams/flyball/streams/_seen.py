@@ -62,7 +62,9 @@ class SeenIds:
         rows = self._rows.take(keys & self._mask, axis=0)
         if (rows == keys[:, None]).any():
             return True
-        return bool(self._full) and not self._full.isdisjoint(keys.tolist())
+        if self._full:  # only those that a full row may have turned away
+            return not self._full.isdisjoint(keys[rows[:, 0] == _WAYS].tolist())
+        return False
 
     def which(self, keys: Ints) -> list[bool]:
         """Whether an id with this hash was added, for every hash."""

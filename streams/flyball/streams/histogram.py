@@ -64,7 +64,7 @@ def count_codes(codes: Ints, counts: Ints) -> tuple[Ints, Ints]:
     if not len(codes):
         return codes, counts
     size = int(codes.max()) + 1
-    if size <= _DENSE_LIMIT and size <= 16 * len(codes):
+    if size <= _DENSE_LIMIT and size <= 4 * len(codes):
         dense = np.bincount(codes, counts, size)
         found = np.flatnonzero(dense)
         return found, dense[found].astype(np.int64)

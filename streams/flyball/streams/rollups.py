@@ -12,6 +12,8 @@ from flyball.streams.cells import CLASS_BITS, FIELDS, HISTOGRAMS, N_CLASSES, Cel
 from flyball.streams.histogram import BUCKET_BITS, BUCKETS, count_codes, histogram_of_codes
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from flyball.core.columns import Floats, Ints
 
 Samples: TypeAlias = Mapping[tuple[int, int], tuple[str, ...]]
@@ -27,6 +29,8 @@ _NOBODY: Final = 0
 """Code of calls that tell neither tenant nor team."""
 _TEAM, _TENANT = BASE_LABELS.index("team"), BASE_LABELS.index("tenant")
 _FIRST_CAPACITY: Final = 64
+_TOGETHER: Final = 1 << 12
+"""So many (roll-up, cell) pairs are summed at once: more would not be in the cache."""
 
 
 class GroupTable:
@@ -120,6 +124,10 @@ class GroupTable:
         self._slot_of = {x: slot for slot, x in enumerate(self.labels) if self.heard[slot] > -np.inf}
 
 
+_Place: TypeAlias = "tuple[GroupTable, Ints, int]"
+"""A roll-up's table, the slots of its rows, and its first row."""
+
+
 class RollupBuilder:
     """Makes a `Window` of the sums of a closing window, and keeps the slots of every roll-up's series."""
 
@@ -159,7 +167,11 @@ class RollupBuilder:
         )  # fmt: skip
         self._resolve(slots, cells, start)
         fine_columns = _Fine(cell_rollup, self._who[slots])
-        rollups = {t.by: self._rollup(i, cell_rollup, fine_columns, start) for i, t in enumerate(self.tables)}
+        rollups: dict[Labels, Rollup] = {}
+        together = max(1, _TOGETHER // max(1, len(slots)))
+        for first in range(0, len(self.tables), together):
+            some = range(first, min(first + together, len(self.tables)))
+            rollups.update(self._coarse(some, cell_rollup, fine_columns, start))
         return Window(start=start, end=end, cells=cell_rollup, rollups=rollups, samples=samples, live=live)
 
     def _forget_changed(self, cells: CellTable) -> None:
@@ -202,50 +214,65 @@ class RollupBuilder:
         for i, table in enumerate(self.tables):
             self._drop(i, table.forget(now - self.forget_s, np.empty(0, np.int64)))
 
-    def _rollup(self, index: int, cells: Rollup, fine: _Fine, start: float) -> Rollup:
-        table = self.tables[index]
-        groups = self._groups[index, cells.ids]
-        present = np.zeros(table.capacity + 1, np.bool_)
-        present[groups] = True
-        present[_NONE] = False
-        ids = np.flatnonzero(present)
-        table.heard[ids] = start
-        n = len(ids)
-        row_of_group = np.full(table.capacity + 1, n, np.int64)
-        row_of_group[ids] = np.arange(n)
-        rows = row_of_group[groups]  # row n collects the cells that lack a label
-
-        def total(column: Floats | None) -> Floats:
-            return (
-                np.zeros(n)
-                if column is None
-                else np.bincount(rows, column, n + 1)[:n].astype(np.float64, copy=False)
-            )
-
+    def _coarse(self, some: range, cells: Rollup, fine: _Fine, start: float) -> dict[Labels, Rollup]:
+        """Several roll-ups at once, their rows one after the other: a numpy call costs more than it does with a few hundred cells."""
+        places, rows, n = self._places(some, cells.ids, start)
         by_class = np.zeros((n, N_CLASSES), np.int64)
         for k, column in fine.classes.items():
-            by_class[:, k] = total(column)
+            by_class[:, k] = _totals(rows, column, n)
+        calls = by_class.sum(axis=1)
+        nothing, none = _read_only(np.zeros(n)), _read_only(np.zeros(n, np.int64))
+        sums = {name: _totals(rows, column, n) for name, column in fine.sums.items()}
+        counts = {name: _totals(rows, column, n).astype(np.int64) for name, column in fine.counts.items()}
         tenants, failing = self._distinct(rows, n, fine)
-        return Rollup(
-            by=table.by, ids=ids, capacity=table.capacity, born=table.born[ids], labels=table.labels,
-            calls=by_class.sum(axis=1), by_class=by_class, tenants=tenants, failing_tenants=failing,
-            sums={name: total(fine.sums.get(name)) for name in cells.sums},
-            counts={name: total(fine.counts.get(name)).astype(np.int64) for name in cells.counts},
-            histograms={name: _coarser(h, rows, n) for name, h in cells.histograms.items()},
-        )  # fmt: skip
+        histograms = {name: _coarser(h, rows, places) for name, h in cells.histograms.items()}
+        made: dict[Labels, Rollup] = {}
+        for i, (table, ids, first) in enumerate(places):
+            part = slice(first, first + len(ids))
+            made[table.by] = Rollup(
+                by=table.by, ids=ids, capacity=table.capacity, born=table.born[ids], labels=table.labels,
+                calls=calls[part], by_class=by_class[part], tenants=tenants[part], failing_tenants=failing[part],
+                sums={name: sums.get(name, nothing)[part] for name in cells.sums},
+                counts={name: counts.get(name, none)[part] for name in cells.counts},
+                histograms={name: several[i] for name, several in histograms.items()},
+            )  # fmt: skip
+        return made
+
+    def _places(self, some: range, slots: Ints, start: float) -> tuple[list[_Place], Ints, int]:
+        """Where the rows of some roll-ups are, the row of every cell in each of them, and how many rows there are.
+
+        After the rows of each roll-up comes one that collects the cells that lack a label.
+        """
+        places: list[_Place] = []
+        rows: Ints = np.empty((len(some), len(slots)), np.int64)
+        first = 0
+        for j, index in enumerate(some):
+            table = self.tables[index]
+            groups = self._groups[index].take(slots)
+            present = np.zeros(table.capacity + 1, np.bool_)
+            present[groups] = True
+            present[_NONE] = False
+            ids = present.nonzero()[0]
+            table.heard[ids] = start
+            n = len(ids)
+            row_of_group = np.full(table.capacity + 1, first + n, np.int64)
+            row_of_group[ids] = np.arange(first, first + n)
+            row_of_group.take(groups, out=rows[j], mode="wrap")
+            places.append((table, ids, first))
+            first += n + 1
+        return places, rows, first
 
     def _distinct(self, rows: Ints, n: int, fine: _Fine) -> tuple[Ints, Ints]:
         """Distinct tenants of every row, and those with failures by class; calls that name nobody count for none."""
         width = len(self._who_of) + 1
-        named = fine.who != _NOBODY
-        tenants = np.bincount(distinct(rows[named] * width + fine.who[named]) // width, minlength=n + 1)[:n]
-        failing = np.zeros((n + 1, N_CLASSES), np.int64)
+        named = rows[:, fine.named] * width + fine.who[fine.named]
+        tenants = np.bincount(distinct(named.reshape(-1)) // width, minlength=n)
+        failing = np.zeros((n, N_CLASSES), np.int64)
         if len(fine.failing_cell):
-            row_and_class = rows[fine.failing_cell] * N_CLASSES + fine.failing_class
-            triples = row_and_class * width + fine.who[fine.failing_cell]
-            triples = distinct(triples[named[fine.failing_cell]])
+            row_and_class = rows[:, fine.failing_cell] * N_CLASSES + fine.failing_class
+            triples = distinct((row_and_class * width + fine.who[fine.failing_cell]).reshape(-1))
             np.add.at(failing.reshape(-1), triples // width, 1)
-        return tenants, failing[:n]
+        return tenants, failing
 
     def state(self) -> tuple[Any, ...]:
         return (
@@ -273,7 +300,9 @@ class _Fine:
         self.counts = {
             name: column.astype(np.float64) for name, column in cells.counts.items() if column.any()
         }
-        failing = [(np.flatnonzero(column), k) for k, column in self.classes.items() if k]
+        named = who != _NOBODY
+        self.named = named.nonzero()[0]
+        failing = [(((column > 0) & named).nonzero()[0], k) for k, column in self.classes.items() if k]
         empty: Ints = np.empty(0, np.int64)
         self.failing_cell = np.concatenate([empty, *(where for where, _ in failing)])
         self.failing_class = np.concatenate([empty, *(np.full(len(where), k) for where, k in failing)])
@@ -287,11 +316,37 @@ def distinct(codes: Ints) -> Ints:
     return ordered[begins]
 
 
-def _coarser(fine: Histogram, rows: Ints, n: int) -> Histogram:
-    """The histogram of roll-up rows from that of cells; `rows[cell row]` is the roll-up row, n for none."""
-    codes, counts = count_codes(rows[fine.rows] << BUCKET_BITS | fine.buckets, fine.counts)
-    end = int(np.searchsorted(codes, n << BUCKET_BITS))
-    return histogram_of_codes(codes[:end], counts[:end])
+def _totals(rows: Ints, column: Floats, n: int) -> Floats:
+    """float64[n]: sums of a column of cells; `rows[roll-up, cell]`."""
+    return np.bincount(rows.reshape(-1), _repeated(column, len(rows)), n).astype(np.float64, copy=False)
+
+
+def _repeated(column: NDArray[Any], times: int) -> NDArray[Any]:
+    if times == 1:
+        return column
+    repeated = np.empty((times, len(column)), column.dtype)
+    repeated[:] = column
+    return repeated.reshape(-1)
+
+
+def _coarser(fine: Histogram, rows: Ints, places: Sequence[_Place]) -> list[Histogram]:
+    """The histograms of roll-up rows from that of cells."""
+    codes = rows.take(fine.rows, axis=1) << BUCKET_BITS
+    codes |= fine.buckets
+    joined, times = count_codes(codes.reshape(-1), _repeated(fine.counts, len(rows)))
+    coarse = histogram_of_codes(joined, times)
+    bounds = [bound for _, ids, first in places for bound in (first, first + len(ids))]
+    at = np.searchsorted(coarse.rows, bounds).tolist()
+    return [
+        Histogram(coarse.rows[a:b] - first, coarse.buckets[a:b], coarse.counts[a:b])
+        for (_, _, first), a, b in zip(places, at[::2], at[1::2], strict=True)
+    ]
+
+
+def _read_only(column: NDArray[Any]) -> NDArray[Any]:
+    """A column that several names share."""
+    column.flags.writeable = False
+    return column
 
 
 __all__ = ["COUNTED", "DEFAULT_ROLLUPS", "GroupTable", "RollupBuilder"]

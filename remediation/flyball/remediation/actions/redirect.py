@@ -6,8 +6,7 @@ from typing import ClassVar
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from flyball.core.directives import DirectiveKind
-from flyball.core.plans import DurationS, Frozen, PlanContext, Refusal, Share
+from flyball.core.plans import DurationS, Effect, Frozen, PlanContext, Refusal, Share
 from flyball.remediation.actions._action import PROBE_SHARE, ROOT_REFERENCE, ActionParams, root_scope
 
 BEST_HEALTHY = "best_healthy"
@@ -20,7 +19,7 @@ class Redirect:
     """
 
     kind: ClassVar[str] = "redirect"
-    directive: ClassVar[DirectiveKind] = "redirect"
+    effect: ClassVar[Effect] = "redirect"
     references: ClassVar[frozenset[str]] = frozenset({ROOT_REFERENCE, BEST_HEALTHY})
 
     class Params(ActionParams):
