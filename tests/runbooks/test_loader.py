@@ -106,7 +106,7 @@ MISTAKES = [
     ("[10%, 25%, 50%, 100%]", "[50%, 25%]", "f.yaml:13:15: RB108", "rise"),
     ("for: 1h", "for: 60s, lease: 30s", "f.yaml:13:", "RB115"),
     ("for: 1h", "for: 1h, lease: 2h", "f.yaml:13:15: RB108", "lease"),
-    ('errors("to") < 0.02', 'erors("to") < 0.02', "f.yaml:14:34: RB110", 'errors("to") < 0.02'),
+    ('errors("to") < 0.02', 'erors("to") < 0.02', "f.yaml:14:34: RB110", "did you mean 'errors'?"),
     ('errors("to") < 0.02', '(errors("to") > 0.02)', "f.yaml:14:34: RB110", "cannot read"),
     ('errors("to") < 0.02', 'errors("to") < 2', "f.yaml:14:34: RB110", "(0, 1]"),
     ("against: untouched", "agaist: untouched", "f.yaml:14:", "'against'"),

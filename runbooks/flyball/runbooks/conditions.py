@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from cel_expr_python import cel
 
@@ -20,7 +20,7 @@ from flyball.core.errorclass import ErrorClass
 from flyball.core.errors import ConfigError, did_you_mean
 from flyball.core.estate import Estate
 from flyball.core.incident import Incident, Severity, State
-from flyball.core.plans import Term
+from flyball.core.plans import Measure, Term
 
 MAX_LENGTH: Final = 2000
 
@@ -299,12 +299,14 @@ def _check_value(found: re.Match[str], what: str, known: tuple[str, ...], base: 
 
 
 _TERM: Final = re.compile(
-    r"\s*(errors|calls|usd_per_hour)\s*\(\s*(?:\"(to|from)\"|'(to|from)')\s*\)\s*(<=|>=|<|>)\s*(\d+(?:\.\d+)?)(%?)\s*"
+    rf"\s*({'|'.join(get_args(Measure))})\s*\(\s*(?:\"(to|from)\"|'(to|from)')\s*\)\s*(<=|>=|<|>)"
+    r"\s*(\d{1,15}(?:\.\d{1,15})?)(%?)\s*(\*\s*before\s*)?",
+    re.ASCII,
 )
 
 
 def compile_expectation(source: str) -> tuple[Term, ...]:
-    """What verification expects: comparisons such as `errors("to") < 0.02`, joined by `&&`.
+    """What verification expects: comparisons such as `errors("to") < 0.02` or `usd_per_hour("from") < 0.6 * before`, joined by `&&`.
 
     Kept this small so that "not enough data" is a third answer beside true and false: a general expression could
     turn it into true by negation.
@@ -314,22 +316,37 @@ def compile_expectation(source: str) -> tuple[Term, ...]:
     terms: list[Term] = []
     offset = 0
     for part in source.split("&&"):
+        place = offset + len(part) - len(part.lstrip())
         found = _TERM.fullmatch(part)
         if not found:
-            raise ConditionError(
-                "RB110",
-                f'cannot read {part.strip()[:60]!r}; write comparisons such as errors("to") < 0.02, joined by &&',
-                offset + len(part) - len(part.lstrip()),
-            )
-        bound = float(found[5]) / (100.0 if found[6] else 1.0)
+            raise _unreadable(part.strip(), place)
         measure: Any = found[1]
-        if measure == "errors" and not 0.0 < bound <= 1.0:
-            raise ConditionError("RB110", f"an error share lies in (0, 1]; {found[5]} does not", offset)
         of: Any = found[2] or found[3]
         op: Any = found[4]
-        terms.append(Term(measure, of, op, bound))
+        bound = float(found[5]) / (100.0 if found[6] else 1.0)
+        relative = found[7] is not None
+        if measure == "errors" and not relative and not 0.0 < bound <= 1.0:
+            raise ConditionError("RB110", f"an error share lies in (0, 1]; {found[5]} does not", place)
+        if found[6] and not relative and measure != "errors":
+            raise ConditionError(
+                "RB110", f"{measure} is no share; write a number, or {found[5]}% * before", place
+            )
+        terms.append(Term(measure, of, op, bound, relative))
         offset += len(part) + 2
     return tuple(terms)
+
+
+def _unreadable(part: str, offset: int) -> ConditionError:
+    """Why a comparison cannot be read: the measure, the side, or its whole form."""
+    called = re.match(r"(\w+)\s*\(\s*[\"']?(\w*)", part)
+    if called and called[1] not in get_args(Measure):
+        hint = did_you_mean(called[1], get_args(Measure))
+        return ConditionError("RB110", f"nothing is measured as {called[1][:40]!r}{hint}", offset)
+    if called and called[2] not in ("to", "from"):
+        what = f'{called[1]}({called[2][:40]!r}) is measured nowhere; write {called[1]}("to") or {called[1]}("from")'
+        return ConditionError("RB110", what, offset)
+    what = f'cannot read {part[:60]!r}; write comparisons such as errors("to") < 0.02, joined by &&'
+    return ConditionError("RB110", what, offset)
 
 
 def as_config_error(error: ConditionError, where: str) -> ConfigError:

@@ -21,7 +21,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ValidationError
 
 from flyball.core.errors import ConfigError, did_you_mean
-from flyball.core.plans import MODES, Action, Actions, Mode, Verify
+from flyball.core.plans import MODES, Action, Actions, Mode, Retry, StepApproval, Verify
 from flyball.runbooks.conditions import Condition, ConditionError, compile_condition, compile_expectation
 from flyball.runbooks.schema import (
     Blast,
@@ -55,6 +55,12 @@ class RunbookStep:
     params: BaseModel
     verify: Verify
     timeout_s: float | None
+    retry: Retry = field(default_factory=Retry)
+    approval: StepApproval | None = None
+    release: Literal["recovered", "resolved", "expiry"] | None = None
+    """When its effect is let go; None leaves it to the action."""
+    undo: Literal["release", "hook", "none"] = "release"
+    """How its effect is taken back; `none`: it cannot be, so a person is always asked first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +222,19 @@ class _Check:
             against=step.verify.against,
             min_calls=step.verify.min_calls,
         )
-        return RunbookStep(step.id or f"{kind}_{i + 1}", kind, action, params, verify, step.timeout)
+        asked = step.approval
+        return RunbookStep(
+            id=step.id or f"{kind}_{i + 1}",
+            action=kind,
+            implementation=action,
+            params=params,
+            verify=verify,
+            timeout_s=step.timeout,
+            retry=Retry(count=step.retry.count, backoff_s=step.retry.backoff) if step.retry else Retry(),
+            approval=StepApproval(expires_s=asked.expires, on_expire=asked.on_expire) if asked else None,
+            release=step.release,
+            undo=step.undo or ("hook" if action.effect == "operation" else "release"),
+        )
 
     def _resolve(self, value: Any, location: Location) -> Any:
         """Puts the runbook's own params in place of `$params.x`; text with template marks is refused."""

@@ -36,7 +36,8 @@ def _rate(value: object) -> object:
 class Blast(_Strict):
     """The widest effect allowed, measured on live traffic before acting; not measurable means refused.
 
-    traffic: share of all calls that would be touched. tenants: how many. usd_per_hour: what the touched traffic costs now.
+    traffic: share of all calls that would be touched. tenants: how many. usd_per_hour, tokens_per_min: what the touched
+    traffic costs and uses now. gpus, gpu_share: those that are taken out of service, also as a share of all that report.
     """
 
     traffic: Share = Field(0.25, description="share of all calls that may be touched")
@@ -45,6 +46,16 @@ class Blast(_Strict):
     )
     usd_per_hour: Annotated[float, Field(gt=0.0)] | None = Field(
         None, description="cost of the touched traffic"
+    )
+    tokens_per_min: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="input and output tokens of the touched traffic"
+    )
+    gpus: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
+        None, description="GPUs that may be taken out of service"
+    )
+    gpu_share: Share | None = Field(
+        None,
+        description="the same as a share of all GPUs that report; the smaller of the two counts, rounded down",
     )
 
 
@@ -60,6 +71,10 @@ class Limits(_Strict):
     )
     attempts: Annotated[int, Field(ge=1, le=10)] = Field(
         2, description="runs for one incident; 0 does not mean unlimited"
+    )
+    breaker: Annotated[Rate, BeforeValidator(_rate, json_schema_input_type=str)] = Field(
+        Rate.model_validate({"count": 3, "per_s": "1h"}),
+        description="failed or unverified runs in a span after which it stays off until a person resets it",
     )
     blast: Blast = Blast()
 
@@ -80,6 +95,24 @@ class VerifyModel(_Strict):
     min_calls: Annotated[int, Field(ge=1, le=1_000_000)] = 20
 
 
+class RetryModel(_Strict):
+    """When a step was certainly not accepted, it is tried again. What may have happened is never repeated."""
+
+    count: Annotated[int, Field(ge=1, le=5)] = Field(2, description="tries after the first")
+    backoff: Annotated[DurationS, Field(ge=1.0, le=600.0)] = Field(
+        5.0, description="pause before the second try; doubled before each further one"
+    )
+
+
+class StepApprovalModel(_Strict):
+    """The step asks a person first, also in mode `auto`; no answer is a no."""
+
+    expires: Annotated[DurationS, Field(ge=30.0, le=86400.0)] = Field(
+        600.0, description="how long it waits for the answer"
+    )
+    on_expire: Literal["undo", "hold"] = "hold"
+
+
 class StepModel(_Strict):
     """One step, without its action (whose own `Params` are checked separately)."""
 
@@ -88,7 +121,10 @@ class StepModel(_Strict):
     timeout: DurationS | None = Field(
         None, description="by when the whole ramp must be verified; default: ramp × within"
     )
-    undo: Literal["release"] = "release"
+    retry: RetryModel | None = None
+    approval: StepApprovalModel | None = None
+    release: Literal["recovered", "resolved", "expiry"] | None = None
+    undo: Literal["release", "hook", "none"] | None = None
 
 
 class Rehearsal(_Strict):
@@ -120,7 +156,7 @@ class Rehearsal(_Strict):
 
 OUTCOMES: Final = (
     "nothing", "run", "suggest", "hold", "refuse", "granted", "in_force", "verified", "unverified", "failed", "undone",
-    "released", "expired",
+    "released", "expired", "cancelled", "waiting", "ambiguous", "not_accepted",
 )  # fmt: skip
 EXPECTATION: Final = re.compile(rf"(?:{'|'.join(OUTCOMES)})|(?:hold|refuse)\([a-z_]+\)")
 
@@ -138,6 +174,13 @@ class RunbookModel(_Strict):
         300.0, description="an incident without news for this long is stale: dropped, never acted on"
     )
     mode: Mode = "suggest"
+    approval: Annotated[DurationS, Field(ge=30.0, le=86400.0)] = Field(
+        600.0, description="how long a plan that a person has to start waits for the answer"
+    )
+    ladder: bool = Field(
+        False,
+        description="steps are rungs: the next is taken when one does not verify, and verified is enough",
+    )
     params: dict[str, str | int | float | bool] = {}
     preconditions: Annotated[list[Precondition], Field(max_length=20)] = []
     limits: Limits = Limits()
