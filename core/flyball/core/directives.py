@@ -100,7 +100,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
     values: dict[str, Any] = {}
 
 
-class Enforced(msgspec.Struct, frozen=True, kw_only=True):
+class Enforced(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="enforced"):
     """What an enforcement point says it holds in force; "granted" and "in force" are two things."""
 
     point: str
@@ -201,6 +201,11 @@ class OperationReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type
     superseded_by: str = ""
     targets: tuple[str, ...] = ()
     before: dict[str, Any] = {}
+    dry_run: bool = False
+    """The answer to a dry run: `accepted` then says that it would be done, to `targets`, with the `predicted` blast."""
+    predicted: dict[str, Any] = {}
+    retry_after_s: float | None = None
+    """With `rejected` and `transient`: how long the hook asks to wait."""
 
 
 class Intervention(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="person"):
