@@ -83,6 +83,10 @@ class ActionNote(msgspec.Struct, frozen=True):
     directive: str = ""
     plan: str = ""
     """Hash of what waits for a person's answer; empty when nothing does."""
+    until: float | None = None
+    """Until when it holds: a wait for an answer, a cooldown."""
+    by: str = ""
+    """Who decided, where it was a person."""
 
 
 class Incident(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="incident"):
