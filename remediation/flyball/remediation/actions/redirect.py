@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from flyball.core.plans import DurationS, Effect, Frozen, PlanContext, Refusal, Share
-from flyball.remediation.actions._action import PROBE_SHARE, ROOT_REFERENCE, ActionParams, root_scope
+from flyball.core.plans import DurationS, Effect, Frozen, PlanContext, Refusal
+from flyball.remediation.actions._action import PROBE_SHARE, ROOT_REFERENCE, LeaseParams, Shares, root_scope
 
 BEST_HEALTHY = "best_healthy"
 
@@ -22,25 +22,15 @@ class Redirect:
     effect: ClassVar[Effect] = "redirect"
     references: ClassVar[frozenset[str]] = frozenset({ROOT_REFERENCE, BEST_HEALTHY})
 
-    class Params(ActionParams):
+    class Params(LeaseParams):
         """Written `redirect: {from: $incident.root, to: best_healthy, share: [25%, 100%], for: 1h}`."""
 
         source: str = Field(
             ROOT_REFERENCE, alias="from", description="`$incident.root`, or the name of a provider"
         )
         to: str = Field(BEST_HEALTHY, description="`best_healthy`, or the name of a provider")
-        share: tuple[Share, ...] = Field(
-            (0.25, 1.0), description="steps of the ramp, rising; each is verified first"
-        )
+        share: Shares = Field((0.25, 1.0), description="steps of the ramp, rising; each is verified first")
         hold: DurationS = Field(3600.0, alias="for", description="how long it may last in all")
-        lease: DurationS = Field(
-            300.0, description="how long it lasts by itself, should Flyball be dead; renewed"
-        )
-
-        @field_validator("share", mode="before")
-        @classmethod
-        def _one_or_many(cls, value: object) -> object:
-            return [value] if isinstance(value, str) else value
 
         @field_validator("source", "to")
         @classmethod
@@ -61,8 +51,6 @@ class Redirect:
                 raise ValueError("share must rise from step to step")
             if self.to == self.source:
                 raise ValueError("from and to are the same")
-            if not 30.0 <= self.lease <= self.hold:
-                raise ValueError("lease must be at least 30s and at most as long as `for`")
             return self
 
     @classmethod
@@ -108,7 +96,7 @@ class Redirect:
             source=scope,
             target=dict(target),
             hold_s=params.hold,
-            lease_s=params.lease,
+            lease_s=params.lease_s,
             locks=(f"provider:{source}", f"provider:{target['provider']}"),
             max_share=shares[-1],
         )
