@@ -1,46 +1,54 @@
-"""The live estate: the last minutes of windows, kept small, to be asked by guards, verification and candidates."""
+"""The live estate: the last minutes of windows, runs and GPUs, kept small, to be asked by guards, verification and candidates."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from flyball.core.codec import pack_state, unpack_state
-from flyball.core.columns import BASE_LABELS, Window
+from flyball.core.columns import BASE_LABELS, Rollup, Window
 from flyball.core.errorclass import CLASS_INDEX, NOT_ATTEMPTS, PROVIDER_HEALTH
 from flyball.core.estate import Ratio
+from flyball.core.events import Event
+from flyball.runbooks.activity import GpuInventory, RunActivity
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
 
 KEEP_S: Final = 600.0
 _BAD: Final = sorted(CLASS_INDEX[c] for c in PROVIDER_HEALTH)
 _NOT_TRIED: Final = sorted(CLASS_INDEX[c] for c in NOT_ATTEMPTS)
 _POSITION: Final = {name: i for i, name in enumerate(BASE_LABELS)}
 
+_COLUMNS: Final[dict[str, Any]] = {
+    "cell": np.int32, "calls": np.int32, "tried": np.int32, "bad": np.int32, "usd": np.float64, "usd_known": np.int32,
+    "tokens": np.float64, "tokens_known": np.int32, "latency": np.float32, "latency_known": np.int32,
+}  # fmt: skip
+"""Columns of one window over its cells. `cell` indexes the table of cells; the others are counts and sums. Sums of tokens and cost
+are exact; a mean latency needs no more than 32 bits."""
+
 
 @dataclass(slots=True)
 class _Span:
-    """One window, as columns over the cells that had calls in it. `cell` indexes the table of cells."""
+    """One window, as columns over the cells that had calls in it."""
 
     start: float
     end: float
-    cell: NDArray[np.int32]
-    calls: NDArray[np.int32]
-    tried: NDArray[np.int32]
-    bad: NDArray[np.int32]
-    usd: NDArray[np.float64]
-    usd_known: NDArray[np.int32]
+    columns: dict[str, NDArray[Any]]
 
 
 class LiveEstate:
-    """Answers `core.estate.Estate` from the windows of the last `keep_s` seconds of event time.
+    """Answers `core.estate.Estate` from the windows of the last `keep_s` seconds of event time, and from what is observed beside.
 
-    Memory: 32 bytes per cell and window, plus the table of the cells seen within the span (36 bytes and its strings each).
-    A label that is not one of BASE_LABELS (`run`, `key`) selects nothing: no data, which is never success.
+    Memory: 52 bytes per cell and window, plus the table of the cells seen within the span (36 bytes and its strings each), plus the
+    activity of runs and the list of GPUs, both bounded. Questions over one span share their sums: after the first, a question costs
+    one pass over the cells, however many windows the span has.
+    A label that is not one of BASE_LABELS (`key`) selects nothing: no data, which is never success.
 
     Misleads: a span that is not a multiple of the window counts whole windows that begin inside it; a span shorter than
     one window is the newest window.
@@ -50,6 +58,8 @@ class LiveEstate:
         self._keep_s = keep_s
         self._now = 0.0
         self._spans: list[_Span] = []
+        self._runs = RunActivity(keep_s)
+        self._gpus = GpuInventory(keep_s)
         self._words: list[dict[str, int]] = [{} for _ in BASE_LABELS]
         self._names: list[list[str]] = [[] for _ in BASE_LABELS]
         self._cells: dict[tuple[str, ...], int] = {}
@@ -58,32 +68,43 @@ class LiveEstate:
         self._slot_cell = np.full(0, -1, np.int32)
         self._slot_born = np.full(0, np.nan)
         self._mask_cache: dict[tuple[tuple[str, str], ...], NDArray[np.bool_]] = {}
+        self._sum_cache: dict[tuple[float, str], Floats] = {}
 
     # --- in -------------------------------------------------------------------------------------------------------
 
     def feed(self, windows: Sequence[Window]) -> None:
         """Takes closed windows, in the order they closed."""
         for window in windows:
-            rows = window.cells
-            if len(rows):
-                self._spans.append(
-                    _Span(
-                        start=window.start,
-                        end=window.end,
-                        cell=self._cells_of(window),
-                        calls=rows.calls.astype(np.int32),
-                        tried=(rows.calls - rows.by_class[:, _NOT_TRIED].sum(axis=1)).astype(np.int32),
-                        bad=rows.by_class[:, _BAD].sum(axis=1).astype(np.int32),
-                        usd=np.asarray(rows.sums["cost_usd"], np.float64).copy(),
-                        usd_known=np.asarray(rows.counts["cost_usd"]).astype(np.int32),
-                    )
-                )
+            if len(window.cells):
+                self._spans.append(_Span(window.start, window.end, self._columns_of(window)))
             self._now = max(self._now, window.end)
         self._spans = [s for s in self._spans if s.end > self._now - self._keep_s]
+        self._sum_cache.clear()
         self._forget_unused()
 
-    def _cells_of(self, window: Window) -> NDArray[np.int32]:
+    def observe(self, events: Sequence[Event]) -> None:
+        """Takes what windows do not tell: steps and calls of agent runs, and samples of GPUs."""
+        self._runs.observe(events)
+        self._gpus.observe(events)
+
+    def _columns_of(self, window: Window) -> dict[str, NDArray[Any]]:
         rows = window.cells
+        tried = rows.calls - rows.by_class[:, _NOT_TRIED].sum(axis=1)
+        made: dict[str, Any] = {
+            "cell": self._cells_of(rows),
+            "calls": rows.calls,
+            "tried": tried,
+            "bad": rows.by_class[:, _BAD].sum(axis=1),
+            "usd": rows.sums["cost_usd"],
+            "usd_known": rows.counts["cost_usd"],
+            "tokens": rows.sums["input_tokens"] + rows.sums["output_tokens"],
+            "tokens_known": np.maximum(rows.counts["input_tokens"], rows.counts["output_tokens"]),
+            "latency": rows.sums["latency_s"],
+            "latency_known": rows.counts["latency_s"],
+        }
+        return {name: np.array(made[name], dtype) for name, dtype in _COLUMNS.items()}
+
+    def _cells_of(self, rows: Rollup) -> NDArray[np.int32]:
         if rows.capacity > len(self._slot_cell):
             grown = rows.capacity - len(self._slot_cell)
             self._slot_cell = np.concatenate([self._slot_cell, np.full(grown, -1, np.int32)])
@@ -122,7 +143,7 @@ class LiveEstate:
             return
         used = np.zeros(len(self._cells), np.bool_)
         for span in self._spans:
-            used[span.cell] = True
+            used[span.columns["cell"]] = True
         if 2 * int(used.sum()) > len(self._cells):
             return
         keys = [key for key, index in self._cells.items() if used[index]]
@@ -131,7 +152,7 @@ class LiveEstate:
         new_index = np.full(len(used), -1, np.int32)
         new_index[old] = np.arange(len(keys), dtype=np.int32)
         for span in self._spans:
-            span.cell = new_index[span.cell]
+            span.columns["cell"] = new_index[span.columns["cell"]]
 
     def _load_cells(self, keys: list[tuple[str, ...]]) -> None:
         self._words = [{} for _ in BASE_LABELS]
@@ -141,6 +162,7 @@ class LiveEstate:
         self._slot_cell = np.full(0, -1, np.int32)
         self._slot_born = np.full(0, np.nan)
         self._mask_cache.clear()
+        self._sum_cache.clear()
         order = list(range(len(BASE_LABELS)))
         for key in keys:
             self._cell(key, order)
@@ -151,57 +173,64 @@ class LiveEstate:
         return self._now
 
     def errors(self, scope: Mapping[str, str], span_s: float) -> Ratio:
-        mask = self._mask(scope)
-        if mask is None:
-            return Ratio(0, 0)
-        k = n = 0
-        for span in self._within(span_s):
-            chosen = mask[span.cell]
-            k += int(span.bad[chosen].sum())
-            n += int(span.tried[chosen].sum())
-        return Ratio(k, n)
+        return Ratio(int(self._sum("bad", scope, span_s)), int(self._sum("tried", scope, span_s)))
 
     def calls(self, scope: Mapping[str, str], span_s: float) -> int:
-        mask = self._mask(scope)
-        if mask is None:
-            return 0
-        return sum(int(span.calls[mask[span.cell]].sum()) for span in self._within(span_s))
+        if "run" in scope:
+            return self._runs.count(scope, self._now - span_s, refused=True)
+        return int(self._sum("calls", scope, span_s))
 
     def attempts(self, scope: Mapping[str, str], span_s: float) -> int:
-        return self.errors(scope, span_s).n
+        if "run" in scope:
+            return self._runs.count(scope, self._now - span_s, refused=False)
+        return int(self._sum("tried", scope, span_s))
+
+    def usd_per_hour(self, scope: Mapping[str, str], span_s: float) -> float | None:
+        return self._rate("usd", scope, span_s, 3600.0)
 
     def tokens_per_min(self, scope: Mapping[str, str], span_s: float) -> float | None:
-        return None
+        return self._rate("tokens", scope, span_s, 60.0)
 
     def latency_s(self, scope: Mapping[str, str], span_s: float) -> float | None:
-        return None
+        n = self._sum("latency_known", scope, span_s)
+        return self._sum("latency", scope, span_s) / n if n else None
 
     def gpus(self, scope: Mapping[str, str], span_s: float) -> Sequence[str]:
-        return []
+        return self._gpus.reporting(scope, span_s, self._now)
 
     def values(self, label: str, scope: Mapping[str, str], span_s: float) -> Sequence[str]:
         mask = self._mask(scope)
         if mask is None or label not in _POSITION:
             return []
         column = _POSITION[label]
-        weight = np.zeros(len(self._names[column]), np.int64)
-        for span in self._within(span_s):
-            chosen = mask[span.cell]
-            np.add.at(weight, self._codes[span.cell[chosen], column], span.calls[chosen])
+        codes = self._codes[: len(mask), column]
+        weight = np.bincount(codes[mask], self._sums("calls", span_s)[mask], len(self._names[column]))
         found = [(-int(weight[i]), self._names[column][i]) for i in np.flatnonzero(weight)]
         return [name for _, name in sorted(found) if name]
 
-    def usd_per_hour(self, scope: Mapping[str, str], span_s: float) -> float | None:
-        mask = self._mask(scope)
-        if mask is None:
+    def _rate(self, column: str, scope: Mapping[str, str], span_s: float, per_s: float) -> float | None:
+        """Over the time since the first window of the span that had any call; None when no call in scope told it."""
+        if not self._sum(f"{column}_known", scope, span_s):
             return None
-        usd, known, covered = 0.0, 0, 0.0
+        covered = max((self._now - s.start for s in self._within(span_s)), default=0.0)
+        return self._sum(column, scope, span_s) / covered * per_s if covered else None
+
+    def _sum(self, column: str, scope: Mapping[str, str], span_s: float) -> float:
+        mask = self._mask(scope)
+        return 0.0 if mask is None else float(self._sums(column, span_s)[mask].sum())
+
+    def _sums(self, column: str, span_s: float) -> Floats:
+        """float64[cells]: one column added up over the span; kept until the next window."""
+        cached = self._sum_cache.get((span_s, column))
+        if cached is not None and len(cached) == len(self._cells):
+            return cached
+        total = np.zeros(len(self._cells))
         for span in self._within(span_s):
-            chosen = mask[span.cell]
-            usd += float(span.usd[chosen].sum())
-            known += int(span.usd_known[chosen].sum())
-            covered = max(covered, self._now - span.start)
-        return usd / covered * 3600.0 if known and covered else None
+            total[span.columns["cell"]] += span.columns[column]  # a cell stands once in a window
+        if len(self._sum_cache) >= 64:
+            self._sum_cache.clear()
+        self._sum_cache[span_s, column] = total
+        return total
 
     def _within(self, span_s: float) -> list[_Span]:
         found = [s for s in self._spans if s.start >= self._now - span_s - 1e-6]
@@ -228,23 +257,27 @@ class LiveEstate:
     # --- state ----------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> bytes:
-        spans = [
-            (
-                s.start, s.end, s.cell.tobytes(), s.calls.tobytes(), s.tried.tobytes(), s.bad.tobytes(), s.usd.tobytes(),
-                s.usd_known.tobytes(),
-            )
-            for s in self._spans
-        ]  # fmt: skip
-        return pack_state("estate", 1, {"now": self._now, "cells": list(self._cells), "spans": spans})
+        spans = [(s.start, s.end, [s.columns[name].tobytes() for name in _COLUMNS]) for s in self._spans]
+        state = {
+            "now": self._now,
+            "cells": list(self._cells),
+            "spans": spans,
+            "runs": self._runs.state(),
+            "gpus": self._gpus.state(),
+        }
+        return pack_state("estate", 2, state)
 
     def restore(self, state: bytes) -> None:
         """Raises: SnapshotError when the bytes are of another stage or version."""
-        saved = unpack_state(state, "estate", 1)
+        saved = unpack_state(state, "estate", 2)
         self._now = float(saved["now"])
         self._load_cells([tuple(key) for key in saved["cells"]])
         self._spans = []
-        for start, end, cell, calls, tried, bad, usd, known in saved["spans"]:
-            ints = [np.frombuffer(b, np.int32).copy() for b in (cell, calls, tried, bad, known)]
-            self._spans.append(
-                _Span(start, end, ints[0], ints[1], ints[2], ints[3], np.frombuffer(usd, np.float64).copy(), ints[4])
-            )  # fmt: skip
+        for start, end, columns in saved["spans"]:
+            read = {
+                name: np.frombuffer(raw, dtype).copy()
+                for (name, dtype), raw in zip(_COLUMNS.items(), columns, strict=True)
+            }
+            self._spans.append(_Span(start, end, read))
+        self._runs.load(saved["runs"])
+        self._gpus.load(saved["gpus"])

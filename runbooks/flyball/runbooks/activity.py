@@ -1,0 +1,113 @@
+"""What windows do not tell: how active single agent runs are, and which GPUs report. Bounded, by event time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from flyball.core.errorclass import NOT_ATTEMPTS
+from flyball.core.events import AgentStep, Event, GpuSample, LlmCall
+
+NEWEST: Final = 32
+"""How many steps of one run are remembered, of those done and of those refused each: a count within a span is never above it."""
+MAX_RUNS: Final = 10_000
+MAX_GPUS: Final = 200_000
+_TIDY_EVERY: Final = 4096
+
+
+class RunActivity:
+    """The newest steps and calls of each run: those that were tried, and those that were refused before they were.
+
+    Bounded: NEWEST times per run and kind, MAX_RUNS runs (the one silent for longest goes first), nothing older than `keep_s`.
+
+    >>> runs = RunActivity(600.0)
+    >>> runs.observe([AgentStep(at=10.0, run="r"), AgentStep(at=11.0, run="r", error="gateway_local")])
+    >>> runs.count({"run": "r"}, 0.0, refused=True), runs.count({"run": "r"}, 0.0, refused=False)
+    (2, 1)
+    """
+
+    def __init__(self, keep_s: float) -> None:
+        self._keep_s = keep_s
+        self._runs: dict[str, tuple[list[float], list[float]]] = {}
+        self._newest = 0.0
+
+    def observe(self, events: Sequence[Event]) -> None:
+        runs = self._runs
+        for e in events:
+            if not isinstance(e, LlmCall | AgentStep) or not e.run:
+                continue
+            known = runs.pop(e.run, None) or ([], [])
+            runs[e.run] = known  # last in the dict is latest seen
+            times = known[1] if e.error in NOT_ATTEMPTS else known[0]
+            times.append(e.at)
+            if len(times) > NEWEST:
+                # Steps may come out of order: what goes is the oldest, not the one that came first.
+                times.remove(min(times))
+            self._newest = max(self._newest, e.at)
+        if len(runs) > MAX_RUNS + _TIDY_EVERY:
+            self._tidy()
+
+    def _tidy(self) -> None:
+        oldest = self._newest - self._keep_s
+        kept = [(run, times) for run, times in self._runs.items() if max(*times[0], *times[1], 0.0) > oldest]
+        self._runs = dict(kept[-MAX_RUNS:])
+
+    def count(self, scope: Mapping[str, str], since: float, *, refused: bool) -> int:
+        """Steps after `since` of the one run that the scope names; 0 for a scope with other labels, which nobody could check."""
+        times = self._runs.get(scope.get("run", "")) if len(scope) == 1 else None
+        if times is None:
+            return 0
+        return sum(at > since for at in times[0]) + (sum(at > since for at in times[1]) if refused else 0)
+
+    def state(self) -> Any:
+        return {"newest": self._newest, "runs": self._runs}
+
+    def load(self, state: Any) -> None:
+        self._newest = float(state["newest"])
+        self._runs = {run: (list(done), list(refused)) for run, (done, refused) in state["runs"].items()}
+
+
+class GpuInventory:
+    """When each GPU last reported, and for which deployment: what a share of GPUs is a share of."""
+
+    def __init__(self, keep_s: float) -> None:
+        self._keep_s = keep_s
+        self._seen: dict[tuple[str, str], tuple[float, str]] = {}
+        self._newest = 0.0
+
+    def observe(self, events: Sequence[Event]) -> None:
+        for e in events:
+            if isinstance(e, GpuSample) and e.gpu:
+                key = (e.node, e.gpu)
+                last, deployment = self._seen.pop(key, (0.0, ""))
+                self._seen[key] = (max(last, e.at), e.deployment or deployment)
+                self._newest = max(self._newest, e.at)
+        if len(self._seen) > MAX_GPUS:
+            oldest = self._newest - self._keep_s
+            kept = [(key, seen) for key, seen in self._seen.items() if seen[0] > oldest]
+            self._seen = dict(kept[-MAX_GPUS:])
+
+    def reporting(self, scope: Mapping[str, str], span_s: float, now: float) -> list[str]:
+        """`node/gpu` of those in scope that reported within the span, sorted; `gpu` in the scope may be written either way.
+
+        The span ends at the newest window; before the first, at the newest sample.
+        """
+        if any(label not in ("node", "gpu", "deployment") for label in scope):
+            return []
+        since = (now or self._newest) - span_s
+        found: list[str] = []
+        for (node, gpu), (at, deployment) in self._seen.items():
+            labels = {"node": node, "deployment": deployment}
+            if at < since or any(labels[k] != v for k, v in scope.items() if k != "gpu"):
+                continue
+            if scope.get("gpu", gpu) in (gpu, f"{node}/{gpu}"):
+                found.append(f"{node}/{gpu}")
+        return sorted(found)
+
+    def state(self) -> Any:
+        seen = [(node, gpu, at, deployment) for (node, gpu), (at, deployment) in self._seen.items()]
+        return {"newest": self._newest, "seen": seen}
+
+    def load(self, state: Any) -> None:
+        self._newest = float(state["newest"])
+        self._seen = {(node, gpu): (float(at), deployment) for node, gpu, at, deployment in state["seen"]}
