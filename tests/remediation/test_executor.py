@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flyball.core.directives import Directive, DirectiveChange, Enforced, Outcome
+from flyball.core.directives import Directive, DirectiveChange, Enforced, Outcome, Release, StopChange
 from flyball.core.entities import Entity
 from flyball.core.incident import State
 from flyball.core.plans import Plan, PlanStep, Verify, plan_hash
@@ -82,6 +82,13 @@ class Drill:
     @property
     def changes(self) -> list[str]:
         return [d.change for d in self.log if isinstance(d, DirectiveChange)]
+
+
+def stop(drill: Drill, scope: str = "all", change: str = "stop") -> list[Moved]:
+    item = StopChange(change=change, scope=scope, by="ana", at=drill.world.now)  # type: ignore[arg-type]
+    said = drill.executor.feed([item], drill.world.estate, drill.world.now)
+    drill.log += said
+    return said
 
 
 def only(directives: list[Directive]) -> Directive:
@@ -221,8 +228,8 @@ def _cancelled(drill: Drill) -> Plan:
     return plan(drill.world.now)
 
 
-def _frozen(drill: Drill) -> Plan:
-    drill.executor.freeze(True)
+def _stopped(drill: Drill) -> Plan:
+    stop(drill)
     return plan(drill.world.now)
 
 
@@ -247,7 +254,7 @@ def _no_telemetry(drill: Drill) -> Plan:
     [
         ("stale", _stale),
         ("cancelled", _cancelled),
-        ("frozen", _frozen),
+        ("stopped", _stopped),
         ("lock", _lock),
         ("recovered", _recovered),
         ("no_telemetry", _no_telemetry),
@@ -270,7 +277,7 @@ def test_a_healthy_signal_in_the_same_batch_cancels_the_plan() -> None:
 def test_the_kill_switch_stops_widening_and_renewal_but_never_a_release() -> None:
     drill = Drill()
     drill.order()
-    drill.executor.freeze(True)
+    stop(drill)
     drill.run(6)
     assert only(drill.executor.directives()).params["share"] == 0.25
     drill.world.fails["b"] = 0.0
@@ -292,10 +299,11 @@ def test_a_person_can_let_go_of_a_lease() -> None:
     drill = Drill()
     drill.order()
     lease = only(drill.executor.directives())
-    said = drill.executor.release(lease.id, drill.world.now, "ana")
+    let_go = Release(subject=lease.id, by="ana", at=drill.world.now)
+    said = drill.executor.feed([let_go], drill.world.estate, drill.world.now)
     assert [m.reason for m in said] == ["by ana", "by ana"]
     assert drill.executor.directives() == []
-    assert drill.executor.release(lease.id, drill.world.now, "ana") == []
+    assert drill.executor.feed([let_go], drill.world.estate, drill.world.now) == []
 
 
 def test_a_replay_answers_as_if_directives_were_in_force() -> None:
@@ -337,7 +345,10 @@ def _play(steps: list[tuple[str, int]], snapshot_every: int) -> tuple[list[bytes
             p = plan(world.now, attempt=n, incident_id=f"INC-{n % 3}", source="b" if n % 2 else "c")
             moved += executor.feed([p], world.estate, world.now)
         elif what in ("freeze", "thaw"):
-            executor.freeze(what == "freeze")
+            change_ = StopChange(
+                change="stop" if what == "freeze" else "resume", scope="all", by="ana", at=world.now
+            )
+            moved += executor.feed([change_], world.estate, world.now)
         else:
             provider, share = {"fail": ("b", 0.6), "heal": ("b", 0.0), "harm": ("a", 0.4)}[what]
             world.fails[provider] = share

@@ -16,10 +16,21 @@ from typing import Any, Final, Literal
 import msgspec
 
 from flyball.core.codec import pack_state, unpack_state
-from flyball.core.directives import Directive, DirectiveChange, Enforced, Outcome
+from flyball.core.directives import (
+    Approval,
+    Directive,
+    DirectiveChange,
+    Enforced,
+    Operation,
+    OperationReport,
+    Outcome,
+    Release,
+    StopChange,
+)
 from flyball.core.estate import Estate
 from flyball.core.incident import IncidentChange, State
-from flyball.core.plans import Plan, PlanStep
+from flyball.core.plans import Plan, PlanStep, Waiting
+from flyball.core.stops import Stops
 from flyball.remediation.leases import Leases, directive_id
 from flyball.remediation.verify import (
     Answer,
@@ -31,7 +42,10 @@ from flyball.remediation.verify import (
     target_is_harmed,
 )
 
-Moved = DirectiveChange | Outcome
+Told = Plan | Enforced | IncidentChange | Approval | StopChange | Release | OperationReport
+"""What the executor hears."""
+Moved = DirectiveChange | Outcome | Operation
+"""What it says."""
 Result = Literal[
     "not_accepted",
     "applied",
@@ -82,7 +96,7 @@ class _State(msgspec.Struct):
     done: dict[str, float] = {}
     resolved: dict[str, float] = {}
     leases: Leases = msgspec.field(default_factory=Leases)
-    frozen: bool = False
+    stops: Stops = msgspec.field(default_factory=Stops)
 
 
 class Executor:
@@ -100,14 +114,16 @@ class Executor:
 
     # --- in -------------------------------------------------------------------------------------------------------
 
-    def feed(
-        self, items: Sequence[Plan | Enforced | IncidentChange], estate: Estate, now: float
-    ) -> list[Moved]:
-        """News. Ends of incidents are taken first: a healthy signal that came with the plan cancels it."""
+    def feed(self, items: Sequence[Told], estate: Estate, now: float) -> list[Moved]:
+        """News. Ends of incidents, stops and releases are taken first: a healthy signal that came with the plan cancels it."""
         out = self._expire(now)
         for item in items:
             if isinstance(item, IncidentChange):
                 self._incident(item)
+            elif isinstance(item, StopChange):
+                self._s.stops.take(item)
+            elif isinstance(item, Release):
+                out += self._release(item, now)
         for item in items:
             if isinstance(item, Enforced):
                 self._enforced(item)
@@ -129,16 +145,30 @@ class Executor:
         live = self._s.leases.live
         return [live[key] for key in sorted(live) if now is None or live[key].expires_at > now]
 
-    def freeze(self, frozen: bool) -> None:
-        """The kill switch: stops grants, wider stages and renewals; never a release, an undo or an expiry."""
-        self._s.frozen = frozen
-
-    def release(self, directive: str, now: float, by: str) -> list[Moved]:
-        """A person lets go of one lease ("undo now"); its whole plan ends. Unknown ids do nothing."""
-        for run in list(self._s.runs.values()):
-            if any(stage.directive == directive and stage.phase != "over" for stage in run.stages):
-                return self._end(run, now, "released", f"by {by}", {})
+    def waiting(self, now: float) -> list[Waiting]:
+        """Steps of running plans that ask a person first, oldest first."""
         return []
+
+    def wanted(self, operation_id: str, verb: str = "start") -> bool:
+        """Whether a request of this operation is still to be sent: not cancelled, not stopped, not past its deadline."""
+        return False
+
+    @property
+    def stops(self) -> Stops:
+        """What is stopped now."""
+        return self._s.stops
+
+    def _release(self, release: Release, now: float) -> list[Moved]:
+        out: list[Moved] = []
+        for run in list(self._s.runs.values()):
+            held = [stage.directive for stage in run.stages if stage.phase != "over"]
+            if release.subject in ("", run.plan.plan_hash, *held):
+                out += self._end(run, now, "released", f"by {release.by}", {})
+        return out
+
+    def _stopped(self, plan: Plan, steps: Sequence[PlanStep]) -> bool:
+        actions = [word for s in steps for word in (s.action, s.kind)]
+        return self._s.stops.against(plan.runbook, actions, [s.scope for s in steps]) is not None
 
     def _incident(self, change: IncidentChange) -> None:
         if change.incident.state is State.RESOLVED:
@@ -160,8 +190,8 @@ class Executor:
             return []
         held = {lock for run in self._s.runs.values() for lock in run.plan.locks}
         reason = ""
-        if self._s.frozen:
-            reason = "frozen"
+        if self._stopped(plan, plan.steps):
+            reason = "stopped"
         elif now - plan.at > plan.max_age_s:
             reason = "stale"
         elif plan.incident in self._s.resolved:
@@ -244,7 +274,7 @@ class Executor:
     def _widen(self, run: _Run, stage: _Stage, step: PlanStep, estate: Estate, now: float) -> list[Moved]:
         """The next stage, or the next step once the last stage is verified."""
         if stage.index + 1 < len(step.stages):
-            if self._s.frozen:  # what is in force stays as it is, and is judged again
+            if self._stopped(run.plan, [step]):  # what is in force stays as it is, and is judged again
                 stage.stage_at = now
                 return []
             stage.index += 1
@@ -257,7 +287,7 @@ class Executor:
                 self._s.leases.renew(stage.directive, now, expires_at, _stage_text(step, stage.index), params)
             ]
         stage.phase = "held"
-        if len(run.stages) < len(run.plan.steps) and not self._s.frozen:
+        if len(run.stages) < len(run.plan.steps) and not self._stopped(run.plan, run.plan.steps):
             return self._begin(run, estate, now)
         return []
 
@@ -278,7 +308,7 @@ class Executor:
         lease = self._s.leases.live[stage.directive]
         if (
             lease.expires_at - now > step.lease_s / 2.0
-            or self._s.frozen
+            or self._stopped(run.plan, [step])
             or run.plan.incident in self._s.resolved
             or self._silent(estate, now)
             or self._source_health(step, estate) != "no"
