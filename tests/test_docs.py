@@ -7,6 +7,7 @@ import functools
 import json
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from flyball.core.events import EVENT_TYPES
 from flyball.remediation import actions
 from flyball.runbooks.loader import load_texts
 from flyball.streams.sniff import sniff
+from tests.conftest import require_server
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]  # fmt: skip
@@ -307,6 +309,8 @@ class _Taker(BaseHTTPRequestHandler):
 
 
 def test_the_deploy_hook_posts_a_change_whatever_stands_in_its_words() -> None:
+    if shutil.which("curl") is None:
+        require_server("curl", "the hook posts with it, and it is not installed")
     taker = type("Taker", (_Taker,), {"bodies": []})
     server = HTTPServer(("127.0.0.1", 0), taker)
     threading.Thread(target=server.serve_forever, daemon=True).start()

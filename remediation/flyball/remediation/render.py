@@ -355,7 +355,7 @@ class Renderer:
             reason=_reason(change, audience.first),
             why=fit(audience.why, VALUE_LIMIT),
             page=incident.page,
-            at=change.at,
+            at=change.at if math.isfinite(change.at) else 0.0,
             fallback="; ".join(fallback),
         )
 
