@@ -6,8 +6,10 @@ as an offset into the expression; the loader turns it into a line and column of 
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -15,27 +17,15 @@ from typing import Any, Final, get_args
 
 from cel_expr_python import cel
 
-from flyball.core.entities import ENTITY_KINDS
-from flyball.core.errorclass import ErrorClass
-from flyball.core.errors import ConfigError, did_you_mean
+from flyball.core.errors import did_you_mean
 from flyball.core.estate import Estate
-from flyball.core.incident import Incident, Severity, State
+from flyball.core.incident import Incident, Severity
 from flyball.core.plans import Measure, Term
+from flyball.runbooks.cel_tree import TooDeep, read_tree
+from flyball.runbooks.condition_checks import FUNCTIONS, SIGNALS, ConditionError, check_meaning
 
 MAX_LENGTH: Final = 2000
 
-SIGNALS: Final[tuple[str, ...]] = (
-    "llm.errors", "llm.input_tokens", "llm.output_tokens", "llm.latency", "llm.ttft", "llm.cost", "llm.cache", "llm.retries",
-    "agent.loop", "agent.spend", "agent.context", "agent.fan_out", "gpu.fault", "gpu.throttle", "serving.queue",
-    "serving.kv_cache", "serving.preemptions", "serving.ttft", "stream.silent", "stream.poison",
-)  # fmt: skip
-"""Signals that a condition may be compared with; `Anomaly.signal` documents them (a test holds the two together)."""
-
-_KNOWN_VALUES: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
-    "incident.signal": ("signal", SIGNALS),
-    "incident.root.kind": ("root kind", ENTITY_KINDS),
-    "incident.state": ("state", tuple(s.value for s in State)),
-}
 _CONSTANTS: Final[dict[str, int]] = {s.name: int(s) for s in Severity}
 _IMPACT_INTS: Final = ("calls", "failed_calls", "n_apps", "n_tenants")
 _IMPACT_FLOATS: Final = (
@@ -48,19 +38,10 @@ _FLOATS: Final = ("confidence", "age_s", "lasted_s", *(f"impact.{n}" for n in _I
 _LISTS: Final = ("impact.models", "impact.regions", "impact.apps", "impact.tenants")
 
 _SCOPE: Final = cel.Type.Map(cel.Type.STRING, cel.Type.STRING)
-_FUNCTIONS: Final = ("errors", "calls", "usd_per_hour")
 _BUILT_IN: Final = (
     "contains", "startsWith", "endsWith", "matches", "size", "duration", "int", "double", "string", "exists", "all",
     "in", "has",
 )  # fmt: skip
-
-
-class ConditionError(Exception):
-    """A condition that cannot be compiled. `offset` is the character it begins at."""
-
-    def __init__(self, code: str, what: str, offset: int) -> None:
-        self.code, self.what, self.offset = code, what, offset
-        super().__init__(what)
 
 
 class NoData(ValueError):
@@ -113,11 +94,10 @@ def _incident_types() -> dict[str, Any]:
     return types
 
 
-class _Asker:
-    """Holds the estate that the functions ask, while one condition is evaluated."""
+class _Asker(threading.local):
+    """Holds the estate that the functions ask while one condition is evaluated; one for each thread, since environments are shared."""
 
-    def __init__(self) -> None:
-        self.estate: Estate | None = None
+    estate: Estate | None = None
 
     def _live(self) -> Estate:
         if self.estate is None:
@@ -130,14 +110,26 @@ class _Asker:
             raise NoData(f"no calls in {dict(scope)}")
         return seen.value
 
+    def attempts(self, scope: Mapping[str, str], span: timedelta) -> int:
+        return self._live().attempts(scope, span.total_seconds())
+
+    def tokens_per_min(self, scope: Mapping[str, str], span: timedelta) -> float:
+        return self._told("tokens", scope, self._live().tokens_per_min(scope, span.total_seconds()))
+
+    def latency_s(self, scope: Mapping[str, str], span: timedelta) -> float:
+        return self._told("latency", scope, self._live().latency_s(scope, span.total_seconds()))
+
     def calls(self, scope: Mapping[str, str], span: timedelta) -> int:
         return self._live().calls(scope, span.total_seconds())
 
     def usd_per_hour(self, scope: Mapping[str, str], span: timedelta) -> float:
-        usd = self._live().usd_per_hour(scope, span.total_seconds())
-        if usd is None:
-            raise NoData(f"no cost is told in {dict(scope)}")
-        return usd
+        return self._told("cost", scope, self._live().usd_per_hour(scope, span.total_seconds()))
+
+    @staticmethod
+    def _told(what: str, scope: Mapping[str, str], value: float | None) -> float:
+        if value is None:
+            raise NoData(f"no {what} told in {dict(scope)}")
+        return value
 
 
 class Condition:
@@ -171,17 +163,17 @@ def _environment(params: tuple[tuple[str, str], ...]) -> tuple[Any, _Asker]:
     kinds = {"str": cel.Type.STRING, "int": cel.Type.INT, "float": cel.Type.DOUBLE, "bool": cel.Type.BOOL}
     types.update({f"params.{name}": kinds[kind] for name, kind in params})
     asker = _Asker()
-    span = cel.Type.DURATION
-
-    def declare(name: str, returns: Any, work: Callable[..., Any]) -> Any:
-        return cel.FunctionDecl(
-            name, [cel.Overload(f"{name}_scope_span", returns, [_SCOPE, span], False, work)]
-        )
-
+    overloads = dict.fromkeys(FUNCTIONS, cel.Type.DOUBLE) | {"calls": cel.Type.INT, "attempts": cel.Type.INT}
     functions = [
-        declare("errors", cel.Type.DOUBLE, asker.errors),
-        declare("calls", cel.Type.INT, asker.calls),
-        declare("usd_per_hour", cel.Type.DOUBLE, asker.usd_per_hour),
+        cel.FunctionDecl(
+            name,
+            [
+                cel.Overload(
+                    f"{name}_scope_span", returns, [_SCOPE, cel.Type.DURATION], False, getattr(asker, name)
+                )
+            ],
+        )
+        for name, returns in overloads.items()
     ]
     return cel.NewEnv(variables=types, functions=functions), asker
 
@@ -191,11 +183,12 @@ def compile_condition(source: str, params: Mapping[str, str | int | float | bool
 
     Names: `incident.id`, `.root.kind`, `.root.name`, `.signal`, `.klass`, `.state`, `.severity` (compare with LOW, MEDIUM,
     HIGH, CRITICAL), `.confidence`, `.age_s`, `.lasted_s`, `.scope`, `.impact.…`; `params.…` of the runbook.
-    Functions: `errors(scope, span)`, `calls(scope, span)`, `usd_per_hour(scope, span)` over live traffic, e.g.
+    Functions over live traffic, each of `(scope, span)`: `errors`, `calls`, `attempts`, `tokens_per_min`, `usd_per_hour`, `latency_s`, e.g.
     `errors({"provider": incident.root.name}, duration("2m")) > 0.2`.
 
     Raises: ConditionError: RB103 syntax, RB104 unknown name, RB105 types that do not fit, RB106 not true or false,
-        RB107 a value that can never occur (an unknown signal, root kind or state).
+        RB107 a value that can never occur (an unknown signal, root kind, label), RB115 never or always true,
+        RB119 a duration or pattern that cannot be read.
     """
     params = params or {}
     if len(source) > MAX_LENGTH:
@@ -213,7 +206,13 @@ def compile_condition(source: str, params: Mapping[str, str | int | float | bool
     if expression.return_type() != cel.Type.BOOL:
         kind = expression.return_type().name().lower()
         raise ConditionError("RB106", f"the condition is a {kind}; it must be true or false", 0)
-    _check_values(source)
+    try:
+        tree = read_tree(expression.serialize())
+    except TooDeep as e:
+        raise ConditionError(
+            "RB103", "the condition is nested too deep; split it into preconditions", 0
+        ) from e
+    check_meaning(tree, params)
     return Condition(source, expression, params, asker)
 
 
@@ -259,7 +258,7 @@ def _unknown_name(name: str, source: str, offset: int, params: Mapping[str, Any]
     if called or re.match(r"\s*\(", source[offset + len(name) :]):
         return ConditionError(
             "RB104",
-            f"unknown function {name!r} in the condition{did_you_mean(name, [*_FUNCTIONS, *_BUILT_IN])}",
+            f"unknown function {name!r} in the condition{did_you_mean(name, [*FUNCTIONS, *_BUILT_IN])}",
             offset,
         )
     if name.upper() in _CONSTANTS or name.startswith(("incident.", "params.")):
@@ -267,35 +266,6 @@ def _unknown_name(name: str, source: str, offset: int, params: Mapping[str, Any]
     else:
         hint = did_you_mean(f"incident.{name}" if f"incident.{name}" in known else name, known)
     return ConditionError("RB104", f"unknown name {name!r} in the condition{hint}", offset)
-
-
-_LITERAL: Final = r"(?:\"([^\"\\\n]*)\"|'([^'\\\n]*)')"
-
-
-def _check_values(source: str) -> None:
-    """Refuses comparisons with words that the left side can never be: they would silently never match."""
-    for variable, (what, known) in _KNOWN_VALUES.items():
-        name = re.escape(variable) + r"(?![\w.])"
-        patterns = (rf"{name}\s*[!=]=\s*{_LITERAL}", rf"{_LITERAL}\s*[!=]=\s*(?<![\w.]){name}")
-        for pattern in patterns:
-            for found in re.finditer(pattern, source):
-                _check_value(found, what, known)
-        for found in re.finditer(rf"{name}\s+in\s+\[([^\]]*)\]", source):
-            for literal in re.finditer(_LITERAL, found[1]):
-                _check_value(literal, what, known, found.start(1))
-    for found in re.finditer(rf"incident\.klass(?![\w.])\s*[!=]=\s*{_LITERAL}", source):
-        word = found[1] if found[1] is not None else found[2]
-        if word and re.search(r"incident\.signal\s*==\s*[\"']llm\.errors[\"']", source):
-            _check_value(found, "error class", tuple(c.value for c in ErrorClass))
-
-
-def _check_value(found: re.Match[str], what: str, known: tuple[str, ...], base: int = 0) -> None:
-    group = 1 if found[1] is not None else 2
-    word = found[group]
-    if word not in known:
-        raise ConditionError(
-            "RB107", f"unknown {what} {word!r}{did_you_mean(word, known)}", base + found.start(group)
-        )
 
 
 _TERM: Final = re.compile(
@@ -311,7 +281,7 @@ def compile_expectation(source: str) -> tuple[Term, ...]:
     Kept this small so that "not enough data" is a third answer beside true and false: a general expression could
     turn it into true by negation.
 
-    Raises: ConditionError RB110.
+    Raises: ConditionError RB110 for what cannot be read, RB115 for what cannot fail or can never hold.
     """
     terms: list[Term] = []
     offset = 0
@@ -320,20 +290,44 @@ def compile_expectation(source: str) -> tuple[Term, ...]:
         found = _TERM.fullmatch(part)
         if not found:
             raise _unreadable(part.strip(), place)
-        measure: Any = found[1]
-        of: Any = found[2] or found[3]
-        op: Any = found[4]
-        bound = float(found[5]) / (100.0 if found[6] else 1.0)
-        relative = found[7] is not None
-        if measure == "errors" and not relative and not 0.0 < bound <= 1.0:
-            raise ConditionError("RB110", f"an error share lies in (0, 1]; {found[5]} does not", place)
-        if found[6] and not relative and measure != "errors":
-            raise ConditionError(
-                "RB110", f"{measure} is no share; write a number, or {found[5]}% * before", place
-            )
-        terms.append(Term(measure, of, op, bound, relative))
+        term = _term(found, place)
+        _check_term(term, terms, place)
+        terms.append(term)
         offset += len(part) + 2
     return tuple(terms)
+
+
+def _term(found: re.Match[str], place: int) -> Term:
+    measure: Any = found[1]
+    of: Any = found[2] or found[3]
+    op: Any = found[4]
+    bound = float(found[5]) / (100.0 if found[6] else 1.0)
+    relative = found[7] is not None
+    if measure == "errors" and not relative and bound > 1.0:
+        raise ConditionError("RB110", f"an error share lies in (0, 1]; {found[5]} does not", place)
+    if found[6] and not relative and measure != "errors":
+        raise ConditionError(
+            "RB110", f"{measure} is no share; write a number, or {found[5]}% * before", place
+        )
+    return Term(measure, of, op, bound, relative)
+
+
+def _check_term(term: Term, others: Sequence[Term], place: int) -> None:
+    """Refuses what holds whatever happens: it proves nothing, and what comes after it is never reached; and what can never hold."""
+    high = 1.0 if term.measure == "errors" and not term.times_before else math.inf
+    always = (term.op == ">=" and term.bound <= 0.0) or (term.op == "<=" and term.bound >= high)
+    never = (term.op == "<" and term.bound <= 0.0) or (term.op == ">" and term.bound >= high)
+    if always:
+        raise ConditionError("RB115", f"{term} cannot fail, so it proves nothing", place)
+    same = (term.measure, term.of, term.times_before)
+    for other in others:
+        if (other.measure, other.of, other.times_before) != same or other.op[0] == term.op[0]:
+            continue
+        below, above = (term, other) if term.op[0] == "<" else (other, term)
+        closed = below.op == "<=" and above.op == ">="
+        never = never or below.bound < above.bound or (below.bound == above.bound and not closed)
+    if never:
+        raise ConditionError("RB115", f"{term} can never hold here, so the step always fails", place)
 
 
 def _unreadable(part: str, offset: int) -> ConditionError:
@@ -349,5 +343,6 @@ def _unreadable(part: str, offset: int) -> ConditionError:
     return ConditionError("RB110", what, offset)
 
 
-def as_config_error(error: ConditionError, where: str) -> ConfigError:
-    return ConfigError(error.what, where=where, code=error.code)
+__all__ = [
+    "SIGNALS", "Answer", "Condition", "ConditionError", "NoData", "compile_condition", "compile_expectation", "variables_of",
+]  # fmt: skip

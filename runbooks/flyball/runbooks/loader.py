@@ -7,12 +7,16 @@ Codes:
     RB106 condition is not true or false           RB107 value that never occurs        RB108 wrong value
     RB109 unknown action  RB110 expectation        RB111 name taken                     RB112 not exactly one action
     RB113 unknown reference                        RB114 template where none is rendered
-    RB115 can never run   RB120 cannot be read from disk
+    RB115 can never run, or proves nothing         RB116 no way back                    RB119 duration or pattern in a condition
+    RB120 cannot be read from disk
+Found by lint alone (`flyball.runbooks.lint`):     RB117 not tested                     RB118 nothing uses it
 """
 
 from __future__ import annotations
 
 import importlib.resources
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +40,18 @@ from flyball.runbooks.yaml_nodes import Document, parse
 
 Location = tuple[int | str, ...]
 _STEP_FIELDS: Final = frozenset(StepModel.model_fields)
-_TEMPLATE_MARKS: Final = ("{{", "{%", "${", "$(")
+_REFERENCE: Final = re.compile(r"\$[A-Za-z_][\w.]*", re.ASCII)
+_NOT_PLAIN: Final = re.compile(
+    r"\{\{|\{%|\{#|\$\{|\$\(|<%|`|\$(?:incident|params)\b"
+    r"|[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
+"""Beginnings of templates and commands; control characters, and those that hide text or turn its direction."""
+_PARAM_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,39}", re.ASCII)
+_RESERVED: Final = frozenset(
+    ("as", "break", "const", "continue", "else", "false", "for", "function", "if", "import", "in", "let", "loop", "null",
+     "package", "namespace", "return", "true", "var", "void", "while")
+)  # fmt: skip
+"""Words of CEL."""
 
 
 class RunbookErrors(ConfigError):
@@ -134,14 +149,7 @@ class _Check:
         if not isinstance(model, RunbookModel):
             return None, self._errors
         self._params = model.params
-        for name in model.params:
-            if not name.isidentifier():
-                self._say(
-                    "RB108",
-                    f"param {name!r} is no name; use letters, digits and _",
-                    ("params", name),
-                    key=True,
-                )
+        self._check_params(model.params)
         condition = self._condition(model.when, ("when",))
         checks = [
             (p.id, self._condition(p.check, ("preconditions", i, "check")))
@@ -166,6 +174,14 @@ class _Check:
             ),
             [],
         )
+
+    def _check_params(self, params: Mapping[str, Any]) -> None:
+        for name, value in params.items():
+            if not _PARAM_NAME.fullmatch(name) or name in _RESERVED:
+                what = f"param {name[:40]!r} is no name; use lower case letters, digits and _, and no word of CEL"
+                self._say("RB108", what, ("params", name), key=True)
+            if isinstance(value, str):
+                self._plain_text(value, ("params", name))
 
     def _say(self, code: str, what: str, location: Location, *, key: bool = False) -> None:
         self._errors.append(self._doc.error(code, what, *self._doc.place(location, key=key)))
@@ -212,7 +228,7 @@ class _Check:
             return None
         action: type[Action] = self._actions.get(kind)
         location: Location = ("steps", i, kind)
-        resolved = self._resolve(written if written is not None else {}, location)
+        resolved = self._resolve(written if written is not None else {}, location, action.references)
         params = self._validate(action.Params, resolved, location)
         if params is None:
             return None
@@ -236,12 +252,17 @@ class _Check:
             undo=step.undo or ("hook" if action.effect == "operation" else "release"),
         )
 
-    def _resolve(self, value: Any, location: Location) -> Any:
-        """Puts the runbook's own params in place of `$params.x`; text with template marks is refused."""
+    def _resolve(self, value: Any, location: Location, known: frozenset[str]) -> Any:
+        """Puts the runbook's own params in place of `$params.x`; text that something else could take for code is refused.
+
+        known: words with a `$` that the action resolves itself.
+        """
         if isinstance(value, dict):
-            return {k: self._resolve(v, (*location, k)) for k, v in value.items()}
+            for key in value:
+                self._plain_text(key, (*location, key), key=True)
+            return {k: self._resolve(v, (*location, k), known) for k, v in value.items()}
         if isinstance(value, list):
-            return [self._resolve(v, (*location, i)) for i, v in enumerate(value)]
+            return [self._resolve(v, (*location, i), known) for i, v in enumerate(value)]
         if not isinstance(value, str):
             return value
         if value.startswith("$params."):
@@ -250,13 +271,23 @@ class _Check:
                 self._say("RB113", f"unknown reference {value!r}{did_you_mean(name, self._params)}", location)
                 return value
             return self._params[name]
-        if any(mark in value for mark in _TEMPLATE_MARKS):
-            self._say(
-                "RB114",
-                f"{value[:40]!r} is a template; parameters take values, $incident.root or $params.…",
-                location,
-            )
+        if value.startswith("$") and value not in known and _REFERENCE.fullmatch(value):
+            offered = [*known, *(f"$params.{p}" for p in self._params)]
+            self._say("RB113", f"unknown reference {value!r}{did_you_mean(value, offered)}", location)
+        elif value not in known:
+            self._plain_text(value, location)
         return value
+
+    def _plain_text(self, value: str, location: Location, *, key: bool = False) -> None:
+        """Values reach gateways, hooks and people as they stand: nothing in them may look like a template, a command or a control."""
+        found = _NOT_PLAIN.search(value)
+        if found is None:
+            return
+        if found[0].isprintable():
+            what = f"{value[:40]!r} is a template; parameters take values, $incident.root or $params.…"
+        else:
+            what = f"U+{ord(found[0]):04X} in text; write one line of plain characters"
+        self._say("RB114", what, location, key=key)
 
     # --- conditions -----------------------------------------------------------------------------------------------
 
@@ -283,7 +314,8 @@ class _Check:
 
     def _validate(self, model: type[BaseModel], raw: Any, base: Location) -> BaseModel | None:
         try:
-            return model.model_validate(raw)
+            # As JSON, so that a strict model takes a list for a tuple, but not `"3"` for a number nor `true` for 1.
+            return model.model_validate_json(json.dumps(raw))
         except ValidationError as e:
             seen: set[tuple[str, Location]] = set()
             for detail in e.errors(include_url=False, include_context=False):
@@ -319,20 +351,42 @@ class _Check:
                 "hold is not shorter than max_age: what has held long enough is always stale",
                 ("hold",),
             )
-        ids: dict[str, int] = {}
+        earlier: list[RunbookStep] = []
         for i, step in enumerate(steps):
             if step is None:
                 continue
-            if step.id in ids:
+            if any(step.id == e.id for e in earlier):
                 self._say("RB111", f"two steps are called {step.id!r}; rename one", ("steps", i, "id"))
-            ids[step.id] = i
-            lasts = getattr(step.params, "hold", None)
-            if isinstance(lasts, float) and lasts <= step.verify.within_s:
-                self._say(
-                    "RB115",
-                    "the effect ends before it can be verified; make `for` longer than verify.within",
-                    ("steps", i, step.action, "for"),
-                )
+            self._reachable(i, step, earlier)
+            self._way_back(i, step)
+            earlier.append(step)
+
+    def _reachable(self, i: int, step: RunbookStep, earlier: Sequence[RunbookStep]) -> None:
+        """That the step can come about, and can be verified before it ends."""
+        lasts = getattr(step.params, "hold", None)
+        if isinstance(lasts, float) and lasts <= step.verify.within_s:
+            what = "the effect ends before it can be verified; make `for` longer than verify.within"
+            self._say("RB115", what, ("steps", i, step.action, "for"))
+        if step.timeout_s is not None and step.timeout_s < step.verify.within_s:
+            what = "timeout is shorter than verify.within, which is then never reached; make it longer"
+            self._say("RB115", what, ("steps", i, "timeout"))
+        same = next((e for e in earlier if e.action == step.action and e.params == step.params), None)
+        if same is not None:
+            what = f"does what step {same.id!r} has done already; change it, or leave it out"
+            self._say("RB115", what, ("steps", i))
+
+    def _way_back(self, i: int, step: RunbookStep) -> None:
+        operation = step.implementation.effect == "operation"
+        if step.undo == "none" and not operation:
+            what = "a lease can always be let go; leave `undo` out"
+        elif step.undo != "none" and (step.undo == "hook") != operation:
+            right = "hook, or none" if operation else "release"
+            what = f"{step.action} is not taken back by {step.undo}; write {right}"
+        elif step.undo == "none" and step.approval is None:
+            what = "what cannot be taken back asks a person first; give the step an `approval`"
+        else:
+            return
+        self._say("RB116", what, ("steps", i, "undo"))
 
 
 def _fields_at(model: type[BaseModel], loc: Location) -> list[str]:
