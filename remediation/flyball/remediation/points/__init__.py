@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from flyball.remediation.points.buckets import Buckets
 from flyball.remediation.points.client import Lease, PointClient
-from flyball.remediation.points.matching import Effect, apply, chosen
+from flyball.remediation.points.matching import Effect, Index, apply, chosen
 
-__all__ = ["Effect", "Lease", "PointClient", "apply", "chosen"]
+__all__ = ["Buckets", "Effect", "Index", "Lease", "PointClient", "apply", "chosen"]
