@@ -35,7 +35,7 @@ _MAX_NAME: Final = 512
 class ActionParams(BaseModel):
     """Base of every action's `Params`: unknown fields are errors, values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, strict=True)
 
 
 class LeaseParams(ActionParams):
@@ -65,7 +65,7 @@ class LeaseParams(ActionParams):
 
 
 def _listed(value: object) -> object:
-    return list(value) if isinstance(value, list | tuple) else [value]
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 @dataclass(frozen=True, slots=True)

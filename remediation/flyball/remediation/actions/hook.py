@@ -29,7 +29,7 @@ MAX_PARAMS_BYTES: Final = 8192
 
 
 def _targets(value: object) -> object:
-    return list(value) if isinstance(value, list | tuple) else [value]
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 Target = Annotated[str, Field(min_length=1, max_length=512)]
