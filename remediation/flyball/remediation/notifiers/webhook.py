@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-from datetime import UTC, datetime
 from typing import Any, ClassVar, Final
 
 import httpx
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
-from standardwebhooks import Webhook as Signer
+from pydantic import BaseModel, ConfigDict, Field
 
 from flyball.core.incident import Impact, Incident, IncidentChange
 from flyball.remediation.http_guard import HttpUrl
 from flyball.remediation.notifiers._base import Delivery, Receipt, dumps, finite, iso, post
 from flyball.remediation.notifiers._text import fit, forwarded
 from flyball.remediation.render import Message
+from flyball.remediation.signing import SigningSecret, signed_headers
 
 BODY_BYTES: Final = 20_000
 LINE: Final = 400
@@ -37,28 +34,14 @@ class Webhook:
         model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
         url: HttpUrl = Field(description="Address of the receiver.")
-        secrets: list[SecretStr] = Field(
+        secrets: list[SigningSecret] = Field(
             min_length=1,
             max_length=4,
             description="`whsec_` and 24 to 64 bytes in base64; the body is signed with each.",
         )
 
-        @field_validator("secrets")
-        @classmethod
-        def _are_keys(cls, value: list[SecretStr]) -> list[SecretStr]:
-            for secret in value:
-                text = secret.get_secret_value().removeprefix("whsec_")
-                try:
-                    size = len(base64.b64decode(text + "=" * (-len(text) % 4), validate=True))
-                except (binascii.Error, ValueError) as e:
-                    raise ValueError("a secret is whsec_ and base64; this one is not base64") from e
-                if not 24 <= size <= 64:
-                    raise ValueError(f"a secret has 24 to 64 bytes; this one has {size}")
-            return value
-
     def __init__(self, params: Params) -> None:
         self._params = params
-        self._signers = [Signer(s.get_secret_value()) for s in params.secrets]
 
     @classmethod
     def edits(cls, params: Any) -> bool:
@@ -113,12 +96,7 @@ class Webhook:
         body = dumps(
             self.payload(delivery.message, delivery.incident, delivery.change, now=delivery.now)
         ).decode()
-        when = datetime.fromtimestamp(int(delivery.now), UTC)
-        headers = {
-            "webhook-id": delivery.id,
-            "webhook-timestamp": str(int(delivery.now)),
-            "webhook-signature": " ".join(s.sign(delivery.id, when, body) for s in self._signers),
-        }
+        headers = signed_headers(self._params.secrets, delivery.id, body, delivery.now)
         await post(
             client, self._params.url, body.encode(), now=delivery.now, what="the webhook", headers=headers
         )
