@@ -7,14 +7,22 @@ from typing import Any
 import msgspec
 import pytest
 
-from flyball.core.directives import Decision, DirectiveChange, Outcome, Verdict
+from flyball.core.directives import (
+    Approval,
+    Decision,
+    DirectiveChange,
+    Operation,
+    Outcome,
+    StopChange,
+    Verdict,
+)
 from flyball.core.errors import ConfigError
 from flyball.core.incident import Incident, Severity, State
 from flyball.core.plans import Plan
 from flyball.remediation.actions import registry
 from flyball.remediation.executor import Executor
 from flyball.runbooks.loader import RunbookSet, load_texts
-from flyball.runbooks.planner import Planned, Planner
+from flyball.runbooks.planner import Item, Planned, Planner
 from tests.remediation._estate import Row, World, change, incident, window
 
 ACTIONS = registry()
@@ -62,6 +70,15 @@ class Desk:
             out += self.planner.tick(self.world.now, self.world.estate)
         return out
 
+    def say(self, *items: Item) -> list[Planned]:
+        return self.planner.feed(items, self.world.estate, self.world.now)
+
+    def answer(
+        self, plan: Plan | None, by: str = "ana", *, approve: bool = True
+    ) -> tuple[Decision, Plan | None]:
+        assert plan is not None
+        return self.say(Approval(waiting=plan.plan_hash, approve=approve, by=by, at=self.world.now))[0]
+
     def end(self, plan: Plan | None, result: Any = "released") -> None:
         assert plan is not None
         outcome = Outcome(
@@ -73,6 +90,12 @@ class Desk:
 
 def verdicts(planned: list[Planned]) -> list[tuple[str, str]]:
     return [(d.decision.value, d.reason) for d, _ in planned]
+
+
+def word(moved: DirectiveChange | Outcome | Operation) -> str:
+    if isinstance(moved, Outcome):
+        return moved.result
+    return moved.change if isinstance(moved, DirectiveChange) else moved.verb
 
 
 def one(planned: list[Planned]) -> tuple[Decision, Plan | None]:
@@ -158,9 +181,9 @@ def test_a_detector_outage_freezes_auto_mode() -> None:
 
 def test_the_kill_switch_holds_and_lets_go() -> None:
     desk = Desk()
-    desk.planner.freeze(True)
-    assert verdicts(desk.news()) == [("hold", "frozen")]
-    desk.planner.freeze(False)
+    desk.say(StopChange(change="stop", scope="all", by="ana", at=desk.world.now))
+    assert verdicts(desk.news()) == [("hold", "stopped")]
+    desk.say(StopChange(change="resume", scope="all", by="ana", at=desk.world.now))
     assert verdicts(desk.tick()) == [("run", "when_matched")]
 
 
@@ -256,9 +279,12 @@ def test_a_precondition_that_is_not_met_refuses_and_says_which() -> None:
     text = (
         "preconditions: [{id: nearly_down, check: 'errors(incident.scope, duration(\"20s\")) > 0.9'}]\nsteps:"
     )
-    decision, _ = one(Desk(("steps:", text)).news())
-    assert (decision.decision, decision.reason) == (Verdict.REFUSE, "precondition")
+    desk = Desk(("steps:", text))
+    decision, _ = one(desk.news())
+    assert (decision.decision, decision.reason) == (Verdict.HOLD, "precondition")
     assert decision.values["precondition"] == "nearly_down"
+    decision, _ = one(desk.tick(4))
+    assert (decision.decision, decision.reason) == (Verdict.REFUSE, "precondition")
 
 
 def test_a_precondition_without_data_is_not_met_not_even_by_negation() -> None:
@@ -300,12 +326,16 @@ def test_an_unknown_cost_is_refused_where_cost_is_limited() -> None:
     assert one(desk.news())[0].values["blast_usd_per_hour"] == pytest.approx(684.0)
 
 
-def test_an_approved_plan_takes_its_locks_and_an_outdated_approval_is_refused() -> None:
+def test_an_approved_plan_takes_its_locks_and_a_second_answer_is_refused() -> None:
     desk = Desk(ceiling="approve")
     _, plan = one(desk.news())
-    assert plan is not None
-    assert desk.planner.approved(plan, desk.world.now)
-    assert not desk.planner.approved(plan, desk.world.now)
+    decision, approved = desk.answer(plan)
+    assert (decision.decision, decision.reason, decision.by) == (Verdict.RUN, "approved", "ana")
+    assert approved is not None
+    assert approved.may_act
+    assert (approved.plan_hash, approved.mode, approved.approved_by) == (decision.plan_hash, "approve", "ana")
+    again, none = desk.answer(plan)
+    assert (again.decision, again.reason, none) == (Verdict.REFUSE, "approval_used", None)
 
 
 def test_snapshot_and_restore_anywhere_change_nothing() -> None:
@@ -319,7 +349,7 @@ def test_snapshot_and_restore_anywhere_change_nothing() -> None:
             said += planned
             if i % 6 == 5:
                 for key in list(desk.planner._s.plans):
-                    desk.end(desk.planner._s.plans[key])
+                    desk.end(desk.planner._s.plans[key].plan)
             if every and i % every == 0:
                 state = desk.planner.snapshot()
                 desk.planner = Planner(runbooks(("mode: auto", "mode: auto\nhold: 20s\nmax_age: 1h"), ("cooldown: 30m", "cooldown: 1m")), "auto")  # fmt: skip
@@ -342,7 +372,7 @@ def test_from_the_incident_to_the_released_lease_and_no_second_run() -> None:
         moved += executor.tick(world.now, world.estate)
         desk.planner.feed(moved, world.estate, world.now)
         log += [d.decision.value for d, _ in planned]
-        log += [m.change if isinstance(m, DirectiveChange) else m.result for m in moved]
+        log += [word(m) for m in moved]
         if i == 10:
             world.fails["b"] = 0.0
         world.advance(executor.directives(world.now))

@@ -6,102 +6,72 @@ decision is given once per change of verdict, not once per tick.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
 
 from flyball.core.codec import pack_state, unpack_state
-from flyball.core.directives import Decision, Directive, DirectiveChange, Outcome, Verdict
+from flyball.core.directives import (
+    Approval,
+    Decision,
+    DirectiveChange,
+    Operation,
+    Outcome,
+    StopChange,
+    Verdict,
+)
 from flyball.core.errors import ConfigError, did_you_mean
 from flyball.core.estate import Estate
-from flyball.core.incident import Incident, IncidentChange, State
-from flyball.core.plans import (
-    MODES,
-    Candidate,
-    Frozen,
-    Mode,
-    Plan,
-    PlanContext,
-    PlanStep,
-    Refusal,
-    format_duration,
-    lower_mode,
-    plan_hash,
-)
-from flyball.runbooks.candidates import CandidateSettings, best_healthy
+from flyball.core.ids import short_id
+from flyball.core.incident import IncidentChange, State
+from flyball.core.plans import MODES, Mode, Plan, Waiting
+from flyball.core.stops import Stops
+from flyball.runbooks.answers import Refused, own_change, plan_changed, refusal, withdraw
 from flyball.runbooks.conditions import variables_of
+from flyball.runbooks.explain import Explained, explain, verdict_of
+from flyball.runbooks.guards import Check, Question, first_no
 from flyball.runbooks.loader import Runbook, RunbookSet
+from flyball.runbooks.resolve import hash_of
+from flyball.runbooks.standing import (
+    NEVER,
+    Case,
+    Known,
+    PlannerSettings,
+    Running,
+    Standing,
+    cooldown_keys,
+    effort_keys,
+    move_of,
+)
 
+_DEFAULTS: Final = PlannerSettings()
 Planned = tuple[Decision, Plan | None]
+Item = IncidentChange | Outcome | DirectiveChange | Operation | Approval | StopChange
+"""What it is told; operations, which an executor's answer may hold, tell it nothing."""
 
-_REMEMBER_S: Final = 7 * 86400.0
-"""How long runs, cooldowns and attempts of incidents that are gone are remembered; longer than any sane limit's span."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlannerSettings:
-    """silent_after_s: without a closed window for this long, telemetry is down and nothing may act.
-    measure_s: span over which blast radius is measured."""
-
-    silent_after_s: float = 60.0
-    measure_s: float = 120.0
-    candidates: CandidateSettings = field(default_factory=CandidateSettings)
-
-
-class _Case(msgspec.Struct):
-    """One runbook's standing towards one incident."""
-
-    true_since: float | None = None
-    said: tuple[str, str] | None = None
-    attempts: int = 0
-    running: str = ""
-
-
-class _Known(msgspec.Struct):
-    """An open incident, with the time of its last news."""
-
-    incident: Incident
-    news_at: float
-
-
-class _State(msgspec.Struct):
-    incidents: dict[str, _Known] = {}
-    cases: dict[str, dict[str, _Case]] = {}
-    """incident → runbook → case."""
-    locks: dict[str, str] = {}
-    """entity → plan hash."""
-    ended: dict[str, float] = {}
-    """runbook's scope key → when the last run about it began or ended."""
-    runs: dict[str, list[float]] = {}
-    plans: dict[str, Plan] = {}
-    live: dict[str, Directive] = {}
-    gone: dict[str, float] = {}
-    """incident → when it was resolved."""
-    frozen: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _No:
-    """A guard's refusal. `hold` means that it may pass by itself."""
-
-    hold: bool
-    reason: str
-    detail: str
-    until: float | None
-    values: Mapping[str, Any]
+_FAILED: Final = frozenset({"failed", "unverified", "ambiguous"})
+_READS_TIME: Final = re.compile(r"\bincident\.(?:age_s|lasted_s)\b")
+_READS_ESTATE: Final = re.compile(r"\bduration\s*\(")
+"""Every question about live traffic names a span."""
+_TIDY_EVERY_S: Final = 60.0
+_MOST_RUNS: Final = 10_000
+_STATE_VERSION: Final = 2
 
 
 class Planner:
     """Decides for every pair of open incident and runbook whose condition is true.
 
-    Guards in order: stale, hold, telemetry, kill switch, attempts, targets, preconditions, lock, cooldown, runs, blast
-    radius, mode. The first that fails is the decision's reason.
+    Guards in order: stale, hold, telemetry, stopped, breaker, attempts, denied, runs, targets, preconditions, stops and attempts of
+    these targets, lock, hysteresis, cooldown, blast radius, mode. The first that says no is the decision's reason.
+
+    What cannot have changed is not asked again: a verdict names the moment, or the closed window, that may change it.
 
     Args:
         runbooks: what may run.
         ceiling: mode of the environment; a runbook's own mode counts only up to it.
+        dry_run: every plan is only for show (`Plan.dry_run`).
 
     Raises: ConfigError when `ceiling` is no mode.
     """
@@ -110,72 +80,168 @@ class Planner:
         self,
         runbooks: RunbookSet,
         ceiling: Mode | str = "suggest",
-        settings: PlannerSettings = PlannerSettings(),
+        settings: PlannerSettings = _DEFAULTS,
+        *,
+        dry_run: bool = False,
     ) -> None:
-        known = [m for m in MODES if m == ceiling]
-        if not known:
-            raise ConfigError(f"unknown mode {ceiling!r}{did_you_mean(ceiling, MODES)}", where="mode")
-        self._ceiling: Mode = known[0]
-        self._runbooks = runbooks
         self._settings = settings
-        self._s = _State()
+        self._dry_run = dry_run
+        self._s = Standing()
+        self._variables: dict[str, dict[str, Any]] = {}
+        self._ceiling: Mode = _mode(ceiling)
+        self._use(runbooks)
+        self._s.runbooks = self._id
+
+    def _use(self, runbooks: RunbookSet) -> None:
+        self._runbooks = runbooks
+        self._id = short_id("SET", self._ceiling, *(f"{r.name} {r.mode} {r.text}" for r in runbooks))
+        self._by_time = [r for r in runbooks if _READS_TIME.search(r.condition.source)]
+        self._by_window = [
+            r for r in runbooks if r not in self._by_time and _READS_ESTATE.search(r.condition.source)
+        ]
 
     # --- in -------------------------------------------------------------------------------------------------------
 
-    def feed(
-        self, items: Sequence[IncidentChange | Outcome | DirectiveChange], estate: Estate, now: float
-    ) -> list[Planned]:
-        """News. Plans come only from news of incidents; outcomes and directives move locks, limits and cooldowns."""
+    def feed(self, items: Sequence[Item], estate: Estate, now: float) -> list[Planned]:
+        """News. Incidents are judged at once, and a person's answers taken; the rest moves locks, limits and cooldowns."""
         touched: dict[str, None] = {}
+        out: list[Planned] = []
         for item in items:
             if isinstance(item, IncidentChange):
-                self._take(item)
+                self._take(item, now)
                 touched[item.incident.id] = None
             elif isinstance(item, Outcome):
-                self._outcome(item)
+                self._outcome(item, now)
             elif isinstance(item, DirectiveChange):
                 self._directive(item)
-        return self._decide(list(touched), estate, now)
+            elif isinstance(item, Approval):
+                planned = self._answer(item, estate, now)
+                touched[planned[0].incident] = None
+                out.append(planned)
+            elif isinstance(item, StopChange):
+                self._stop(item, now)
+        out += self._decide(list(touched), estate, now)
+        return out
 
     def tick(self, now: float, estate: Estate) -> list[Planned]:
-        """Time passes: holds and cooldowns end, incidents go stale."""
-        self._forget(now)
-        return self._decide(list(self._s.incidents), estate, now)
+        """Time passes: holds, cooldowns and waits end, incidents go stale, windows close."""
+        s = self._s
+        if now < s.now:  # the clock went back: no moment that was waited for means anything
+            s.wake_all(now)
+        if abs(now - s.tidied_at) >= _TIDY_EVERY_S:
+            s.tidy(now)
+        closed = estate.now() != s.window_at
+        s.now, s.window_at = now, estate.now()
+        if s.runbooks != self._id:
+            s.runbooks = self._id
+            self._drop_gone(now)
+            return self._decide(list(s.incidents), estate, now)
+        return self._look(closed, estate, now)
 
-    def freeze(self, frozen: bool) -> None:
-        """The kill switch: while on, nothing is planned to run."""
-        self._s.frozen = frozen
+    def reload(self, runbooks: RunbookSet, ceiling: Mode | str | None = None) -> None:
+        """Another set of runbooks; what is running goes on under its own plan. The next tick judges every incident by it.
 
-    def reload(self, runbooks: RunbookSet) -> None:
-        """Another set of runbooks; what is running goes on under its own plan."""
-        self._runbooks = runbooks
+        Raises: ConfigError when `ceiling` is no mode.
+        """
+        if ceiling is not None:
+            self._ceiling = _mode(ceiling)
+        self._use(runbooks)
 
-    def _take(self, change: IncidentChange) -> None:
-        incident = change.incident
+    # --- out ------------------------------------------------------------------------------------------------------
+
+    @property
+    def stops(self) -> Stops:
+        """What is stopped now."""
+        return self._s.stops
+
+    def waiting(self, now: float) -> list[Waiting]:
+        """Plans that a person may answer now, those that have waited longest first."""
+        found = [w for w in self._s.waiting.values() if now <= w.until]
+        return sorted(found, key=lambda w: (w.since, w.hash))
+
+    def knows(self, hash_: str) -> bool:
+        """Whether a hash is, or was, that of a plan which waits for an answer here."""
+        return hash_ in self._s.waiting or hash_ in self._s.answered
+
+    def explain(self, incident: str, estate: Estate, now: float) -> list[Explained]:
+        """For every runbook: what it would do about an open incident now, and every guard with its value; empty where the
+        incident is not open. Changes nothing."""
+        known = self._s.incidents.get(incident)
+        if known is None:
+            return []
+        variables = self._values(known, now)
+        cases = self._s.cases.get(incident, {})
+        return [
+            explain(self._question(r, known, cases.get(r.name) or Case(), variables, estate, now))
+            for r in self._runbooks
+        ]
+
+    def snapshot(self) -> bytes:
+        return pack_state("planner", _STATE_VERSION, self._s)
+
+    def restore(self, state: bytes) -> None:
+        """Raises: SnapshotError when the bytes are of another stage or version."""
+        self._s = unpack_state(state, "planner", _STATE_VERSION, Standing)
+        self._variables.clear()
+
+    # --- news -----------------------------------------------------------------------------------------------------
+
+    def _take(self, change: IncidentChange, now: float) -> None:
+        incident, s = change.incident, self._s
+        self._variables.pop(incident.id, None)
         if incident.state is State.RESOLVED:
-            self._s.incidents.pop(incident.id, None)
-            self._s.gone[incident.id] = change.at
-            for case in self._s.cases.get(incident.id, {}).values():
+            s.incidents.pop(incident.id, None)
+            s.gone[incident.id] = change.at
+            for case in s.cases.get(incident.id, {}).values():
+                withdraw(s, case, "withdrawn", now)
                 case.true_since = None
                 case.said = None
+                case.look_at, case.windowed = NEVER, False
             return
-        self._s.gone.pop(incident.id, None)
+        s.gone.pop(incident.id, None)
         # Actions that are noted on an incident, and a person's word, are no news of the trouble itself.
         news = max(incident.updated_at, incident.at)
-        self._s.incidents[incident.id] = _Known(incident, news)
+        s.incidents[incident.id] = Known(incident, news)
 
-    def _outcome(self, outcome: Outcome) -> None:
-        plan = self._s.plans.get(str(outcome.values.get("plan", "")))
-        if plan is None or not outcome.values.get("plan_ended"):
+    def _outcome(self, outcome: Outcome, now: float) -> None:
+        s = self._s
+        running = s.plans.get(str(outcome.values.get("plan", "")))
+        if running is None:
             return
-        del self._s.plans[plan.plan_hash]
-        self._s.locks = {k: v for k, v in self._s.locks.items() if v != plan.plan_hash}
-        for key in _cooldown_keys(plan):
-            self._s.ended[key] = max(self._s.ended.get(key, outcome.at), outcome.at)
-        case = self._s.cases.get(plan.incident, {}).get(plan.runbook)
+        plan, ended = running.plan, bool(outcome.values.get("plan_ended"))
+        step = next((step for step in plan.steps if step.id == outcome.step), None)
+        if outcome.result == "verified":
+            running.doubtful = False
+        elif outcome.result == "unverified" and step is not None and step.progress == "ladder" and not ended:
+            running.doubtful = True
+        failed = ended if running.doubtful else outcome.result in _FAILED
+        if failed and not running.failed:
+            running.failed = True
+            s.breaker.failed(
+                plan.runbook, [step.action for step in plan.steps], outcome.at,
+                count=running.breaker_count, per_s=running.breaker_per_s,
+            )  # fmt: skip
+        if ended:
+            self._over(running, outcome.at, now)
+
+    def _over(self, running: Running, at: float, now: float) -> None:
+        s, plan = self._s, running.plan
+        del s.plans[plan.plan_hash]
+        s.locks = {k: v for k, v in s.locks.items() if v != plan.plan_hash}
+        for key in cooldown_keys(plan):
+            s.ended[key] = max(s.ended.get(key, at), at)
+        self._moved(plan, at)
+        case = s.cases.get(plan.incident, {}).get(plan.runbook)
         if case is not None and case.running == plan.plan_hash:
             case.running = ""
             case.said = None
+        s.wake_all(now)  # what the lock held back
+
+    def _moved(self, plan: Plan, at: float) -> None:
+        for step in plan.steps:
+            there = move_of(step)
+            if there is not None:
+                self._s.moved[there] = max(self._s.moved.get(there, at), at)
 
     def _directive(self, change: DirectiveChange) -> None:
         if change.change in ("granted", "renewed"):
@@ -183,330 +249,326 @@ class Planner:
         else:
             self._s.live.pop(change.directive.id, None)
 
-    def _forget(self, now: float) -> None:
-        for incident, at in list(self._s.gone.items()):
-            if now - at > _REMEMBER_S:
-                del self._s.gone[incident]
-                self._s.cases.pop(incident, None)
-        self._s.ended = {k: at for k, at in self._s.ended.items() if now - at <= _REMEMBER_S}
-        self._s.live = {k: d for k, d in self._s.live.items() if d.expires_at > now}
+    def _stop(self, change: StopChange, now: float) -> None:
+        if change.change == "reset":
+            self._s.breaker.reset(change.scope)
+        else:
+            self._s.stops.take(change)
+        self._s.wake_all(now)
+
+    def _drop_gone(self, now: float) -> None:
+        """Nobody can answer for a runbook that is no more."""
+        for cases in self._s.cases.values():
+            for name, case in cases.items():
+                if name not in self._runbooks.by_name:
+                    withdraw(self._s, case, "withdrawn", now)
+                    case.look_at, case.windowed = NEVER, False
+
+    # --- a person's answer ----------------------------------------------------------------------------------------
+
+    def _answer(self, approval: Approval, estate: Estate, now: float) -> Planned:
+        """What spoke for the plan when it was offered must all speak for it now; what is carried out is what was read."""
+        s = self._s
+        now = max(now, approval.at)
+        waiting = s.waiting.get(approval.waiting)
+        refused = refusal(s, approval, waiting, now)
+        if waiting is None or refused is not None:
+            return self._refuse(approval, waiting, refused or _UNKNOWN, now), None
+        plan = waiting.plan
+        known, case = s.incidents[plan.incident], s.cases[plan.incident][plan.runbook]
+        runbook = self._runbooks.by_name.get(plan.runbook)
+        if runbook is None:
+            withdraw(s, case, "withdrawn", now)
+            return self._refuse(approval, waiting, _NO_RUNBOOK, now), None
+        if not approval.approve:
+            return self._deny(approval, waiting, runbook, case, now), None
+        refused = own_change(approval, known.incident)
+        if refused is not None:  # another person may still approve it
+            return self._refuse(approval, waiting, refused, now), None
+        q = self._question(runbook, known, case, self._values(known, now), estate, now)
+        no = first_no(q) if runbook.condition.ask(q.variables, estate).true else _CLEARED
+        refused = _refused(no) if no is not None else plan_changed(waiting, q)
+        if refused is None and q.mode == "observe":
+            refused = Refused("mode_observe", "only observing now")
+        if refused is not None:
+            withdraw(s, case, "withdrawn", now)
+            case.said = _said(no) if no is not None else None
+            case.look_at = now
+            return self._refuse(approval, waiting, refused, now), None
+        approved = msgspec.structs.replace(plan, approved_by=approval.by, at=now)
+        withdraw(s, case, "approved", now)
+        self._begin(approved, runbook, case, now)
+        case.said = (Verdict.RUN.value, "approved")
+        text = f"{approval.by} approved what was offered; every guard passed again"
+        values = {**q.figures, "asked_for_s": round(now - waiting.since, 3)}
+        return _decision(approved, Verdict.RUN, "approved", text, now, values, by=approval.by), approved
+
+    def _deny(
+        self, approval: Approval, waiting: Waiting, runbook: Runbook, case: Case, now: float
+    ) -> Decision:
+        withdraw(self._s, case, "denied", now)
+        case.denied_until = now + max(runbook.model.limits.cooldown, runbook.model.approval)
+        case.denied_by = approval.by
+        case.said = (Verdict.REFUSE.value, "denied")
+        case.look_at, case.windowed = case.denied_until, False
+        text = f"{approval.by} denied it; not offered again for this incident until then"
+        return self._refuse(approval, waiting, Refused("denied", text, case.denied_until), now)
+
+    def _refuse(self, approval: Approval, waiting: Waiting | None, why: Refused, now: float) -> Decision:
+        over = self._s.answered.get(approval.waiting)
+        incident, runbook = (over.incident, over.runbook) if over else ("", "")
+        if waiting is not None:
+            incident, runbook = waiting.plan.incident, waiting.plan.runbook
+        return Decision(
+            at=now, incident=incident, runbook=runbook, decision=Verdict.REFUSE, reason=why.reason, detail=why.detail,
+            until=why.until, plan_hash=approval.waiting, by=approval.by or "flyball",
+            values={**(waiting.values if waiting else {}), **why.values, "approve": approval.approve},
+        )  # fmt: skip
 
     # --- deciding -------------------------------------------------------------------------------------------------
 
     def _decide(self, incidents: Sequence[str], estate: Estate, now: float) -> list[Planned]:
+        """Every runbook for these incidents, because there is news of them."""
         out: list[Planned] = []
-        for incident_id in incidents:
-            known = self._s.incidents.get(incident_id)
+        for incident in incidents:
+            known = self._s.incidents.get(incident)
             if known is None:
                 continue
-            values = variables_of(known.incident, now)
+            variables = self._values(known, now)
             for runbook in self._runbooks:
-                planned = self._one(known, runbook, values, estate, now)
+                planned = self._one(known, runbook, variables, estate, now)
                 if planned is not None:
                     out.append(planned)
         return out
 
+    def _look(self, closed: bool, estate: Estate, now: float) -> list[Planned]:
+        """Only what may have changed since it was last looked at; so many at once, those due for longest first."""
+        s = self._s
+        due: list[tuple[float, str, str]] = []
+        for incident, cases in s.cases.items():
+            if incident not in s.incidents:
+                continue
+            for name, case in cases.items():
+                if closed and case.windowed:
+                    case.wake(now)
+                if case.look_at <= now:
+                    due.append((case.look_at, incident, name))
+        due += self._turned(closed, estate, now)
+        due.sort(key=lambda entry: entry[0])
+        out: list[Planned] = []
+        for _, incident, name in due[: self._settings.looks_per_tick]:
+            runbook, known = self._runbooks.by_name.get(name), s.incidents.get(incident)
+            if runbook is None or known is None:
+                continue
+            planned = self._one(known, runbook, self._values(known, now), estate, now)
+            if planned is not None:
+                out.append(planned)
+        return out
+
+    def _turned(self, closed: bool, estate: Estate, now: float) -> list[tuple[float, str, str]]:
+        """Pairs whose condition reads the time, or live traffic, and has another answer now."""
+        found: list[tuple[float, str, str]] = []
+        runbooks = [*self._by_time, *(self._by_window if closed else ())]
+        if not runbooks:
+            return found
+        for incident, known in self._s.incidents.items():
+            variables = self._values(known, now)
+            cases = self._s.cases.get(incident, {})
+            for runbook in runbooks:
+                case = cases.get(runbook.name)
+                was = case is not None and case.true_since is not None
+                if (case is None or case.look_at > now) and runbook.condition.ask(
+                    variables, estate
+                ).true != was:
+                    if case is not None:
+                        case.wake(now)
+                    found.append((now, incident, runbook.name))
+        return found
+
     def _one(
-        self, known: _Known, runbook: Runbook, values: dict[str, Any], estate: Estate, now: float
+        self, known: Known, runbook: Runbook, variables: Mapping[str, Any], estate: Estate, now: float
     ) -> Planned | None:
-        incident = known.incident
-        case = self._s.cases.get(incident.id, {}).get(runbook.name)
-        answer = runbook.condition.ask(values, estate)
-        if not answer.true:
-            if case is None:
-                return None
-            was_waiting = case.true_since is not None and case.said is not None and not case.running
-            case.true_since = None
-            if was_waiting:
-                no = _No(True, "condition_cleared", "its condition is no longer true", None, {})
-                return self._say(incident, runbook, case, no, now)
-            return None
+        incident, s = known.incident, self._s
+        case = s.cases.get(incident.id, {}).get(runbook.name)
+        if not runbook.condition.ask(variables, estate).true:
+            return self._untrue(known, runbook, case, now) if case is not None else None
         if case is None:
-            case = self._s.cases.setdefault(incident.id, {}).setdefault(runbook.name, _Case())
+            case = s.cases.setdefault(incident.id, {}).setdefault(runbook.name, Case(look_at=now))
         if case.true_since is None:
             case.true_since = now
         if case.running:
+            case.look_at, case.windowed = NEVER, False
             return None
-        result = self._guard(known, runbook, case, values, estate, now)
-        if isinstance(result, _No):
-            return self._say(incident, runbook, case, result, now)
-        return self._grant(incident, runbook, case, *result, now)
+        waiting = s.waiting.get(case.waiting)
+        if waiting is not None and now <= waiting.until and case.look_at > now:
+            return None  # the guards are asked again from time to time, and when it is answered
+        q = self._question(runbook, known, case, variables, estate, now)
+        no = first_no(q)
+        if no is not None:
+            withdraw(s, case, "withdrawn", now)
+            self._look_again(q, no, now)
+            return self._say(incident.id, runbook, case, no, q.figures, now)
+        return self._go(q, now)
 
-    def _guard(
-        self, known: _Known, runbook: Runbook, case: _Case, values: dict[str, Any], estate: Estate, now: float
-    ) -> _No | tuple[Plan, dict[str, Any]]:
-        model = runbook.model
-        age = now - known.news_at
-        if age > model.max_age:
-            text = f"no news for {format_duration(age)}; max_age is {format_duration(model.max_age)}"
-            return _No(False, "stale", text, None, {"age_s": age, "max_age_s": model.max_age})
-        since = case.true_since if case.true_since is not None else now
-        if now - since < model.hold:
-            return _No(
-                True,
-                "hold",
-                f"must stay true for {format_duration(model.hold)}",
-                since + model.hold,
-                {"since": since},
-            )
-        silent = now - estate.now()
-        if estate.now() <= 0.0 or silent > self._settings.silent_after_s:
-            return _No(
-                True,
-                "no_telemetry",
-                "no closed window lately: blind, so nothing acts",
-                None,
-                {"silent_s": silent},
-            )
-        if self._s.frozen:
-            return _No(True, "frozen", "the kill switch is on", None, {})
-        if case.attempts >= model.limits.attempts:
-            text = f"{case.attempts} attempts for this incident; a person has to look"
-            return _No(False, "attempts", text, None, {"attempts": case.attempts})
-        frozen = self._freeze(known.incident, runbook, estate)
-        if isinstance(frozen, Refusal):
-            return _No(False, frozen.reason, frozen.detail, None, dict(frozen.values))
-        plan = self._plan(known.incident, runbook, case, frozen, now)
-        figures = self._figures(plan, estate)
-        for check in (
-            self._preconditions(runbook, values, estate),
-            self._locked(plan),
-            self._cooling(runbook, plan, now),
-            self._rate(runbook, now),
-            self._blast(runbook, plan, frozen, estate, figures),
-        ):
-            if check is not None:
-                return _No(check.hold, check.reason, check.detail, check.until, {**figures, **check.values})
-        return plan, figures
+    def _untrue(self, known: Known, runbook: Runbook, case: Case, now: float) -> Planned | None:
+        was_waiting = case.true_since is not None and case.said is not None and not case.running
+        case.true_since = None
+        case.look_at, case.windowed = NEVER, False
+        withdraw(self._s, case, "withdrawn", now)
+        return self._say(known.incident.id, runbook, case, _CLEARED, {}, now) if was_waiting else None
 
-    def _freeze(self, incident: Incident, runbook: Runbook, estate: Estate) -> list[Frozen] | Refusal:
-        left = {
-            d.scope["provider"]
-            for d in self._s.live.values()
-            if d.kind == "redirect" and "provider" in d.scope
-        }
-        excluded = sorted(left)
+    def _look_again(self, q: Question, no: Check, now: float) -> None:
+        """A hold whose end is known is looked at then; one that gives no sign, from time to time; a refusal on news, or when
+        a window closes, where that may change it. All of them once more when the incident goes stale."""
+        case = q.case
+        case.windowed = no.windowed
+        if no.until is not None:
+            case.look_at = no.until
+        else:
+            case.look_at = now + self._settings.relook_s if no.hold else NEVER
+        if no.name != "stale":
+            case.look_at = min(case.look_at, q.known.news_at + q.runbook.model.max_age)
 
-        def candidates(source: Mapping[str, str]) -> Sequence[Candidate]:
-            return best_healthy(estate, source, exclude=excluded, settings=self._settings.candidates)
-
-        context = PlanContext(incident, estate, candidates)
-        out: list[Frozen] = []
-        for step in runbook.steps:
-            frozen = step.implementation.freeze(step.params, context)
-            if isinstance(frozen, Refusal):
-                return frozen
-            if not frozen.scope or not all(frozen.scope.values()) or not frozen.stages:
-                return Refusal(
-                    "no_target", f"step {step.id} selects nothing; an empty target is never all", {}
-                )
-            out.append(frozen)
-        return out
-
-    def _plan(
-        self, incident: Incident, runbook: Runbook, case: _Case, frozen: Sequence[Frozen], now: float
-    ) -> Plan:
-        steps = tuple(
-            PlanStep(
-                id=step.id,
-                action=step.action,
-                kind=step.implementation.effect,
-                scope=f.scope,
-                stages=f.stages,
-                source=f.source,
-                target=f.target,
-                hold_s=f.hold_s,
-                lease_s=f.lease_s,
-                timeout_s=step.timeout_s or len(f.stages) * step.verify.within_s,
-                verify=step.verify,
-            )
-            for step, f in zip(runbook.steps, frozen, strict=True)
-        )
-        attempt = case.attempts + 1
-        locks = tuple(dict.fromkeys(lock for f in frozen for lock in f.locks))
-        return Plan(
-            at=now,
-            incident=incident.id,
-            runbook=runbook.name,
-            mode=lower_mode(runbook.mode, self._ceiling),
-            steps=steps,
-            root=incident.root,
-            attempt=attempt,
-            locks=locks,
-            max_age_s=runbook.model.max_age,
-            on_failure=runbook.model.on_failure,
-            plan_hash=plan_hash(incident.id, runbook.name, attempt, steps),
-        )
-
-    # --- guards ---------------------------------------------------------------------------------------------------
-
-    def _figures(self, plan: Plan, estate: Estate) -> dict[str, Any]:
-        """What the decision was made on, for people and the ledger."""
-        span = self._settings.measure_s
-        figures: dict[str, Any] = {"root": str(plan.root), "attempt": plan.attempt}
-        for step in plan.steps:
-            for name, scope in (("from", step.source), ("to", step.target)):
-                seen = estate.errors(scope, span)
-                figures[name] = ",".join(f"{k}={v}" for k, v in sorted(scope.items()))
-                figures[f"{name}_calls"] = seen.n
-                if seen.n:
-                    figures[f"{name}_errors"] = round(seen.value, 4)
-        return figures
-
-    def _preconditions(self, runbook: Runbook, values: dict[str, Any], estate: Estate) -> _No | None:
-        for name, condition in runbook.preconditions:
-            answer = condition.ask(values, estate)
-            if not answer.true:
-                why = f" ({answer.error})" if answer.error else ""
-                return _No(False, "precondition", f"{name} is not met{why}", None, {"precondition": name})
-        return None
-
-    def _locked(self, plan: Plan) -> _No | None:
-        for lock in plan.locks:
-            holder = self._s.plans.get(self._s.locks.get(lock, ""))
-            if holder is not None:
-                text = f"{lock} is in the hands of {holder.runbook} for {holder.incident}"
-                return _No(True, "lock", text, None, {"lock": lock, "held_by": holder.plan_hash})
-        return None
-
-    def _cooling(self, runbook: Runbook, plan: Plan, now: float) -> _No | None:
-        cooldown = runbook.model.limits.cooldown
-        for key in _cooldown_keys(plan):
-            last = self._s.ended.get(key)
-            if last is not None and now - last < cooldown:
-                text = f"{key} was acted on {format_duration(now - last)} ago; cooldown is {format_duration(cooldown)}"
-                return _No(True, "cooldown", text, last + cooldown, {"last": last})
-        return None
-
-    def _rate(self, runbook: Runbook, now: float) -> _No | None:
-        rate = runbook.model.limits.runs
-        recent = [at for at in self._s.runs.get(runbook.name, []) if now - at < rate.per_s]
-        if len(recent) >= rate.count:
-            text = f"{len(recent)} runs in {format_duration(rate.per_s)}; the limit is {rate.count}"
-            return _No(True, "runs", text, recent[-rate.count] + rate.per_s, {"runs": len(recent)})
-        return None
-
-    def _blast(
-        self, runbook: Runbook, plan: Plan, frozen: Sequence[Frozen], estate: Estate, figures: dict[str, Any]
-    ) -> _No | None:
-        """Measured on live traffic, over all steps together; what cannot be measured is refused."""
-        limit, span = runbook.model.limits.blast, self._settings.measure_s
-        total = estate.calls({}, span)
-        shares: dict[tuple[tuple[str, str], ...], float] = {}
-        for f in frozen:
-            key = tuple(sorted(f.scope.items()))
-            shares[key] = max(shares.get(key, 0.0), f.max_share)
-        touched = sum(estate.calls(dict(key), span) * share for key, share in shares.items())
-        if total <= 0 or touched <= 0:
-            return _No(False, "blast_radius", "unknown: no traffic in scope to measure it on", None, {})
-        traffic = touched / total
-        tenants = len({t for key in shares for t in estate.values("tenant", dict(key), span)})
-        figures.update(blast_traffic=round(traffic, 4), blast_tenants=tenants)
-        if traffic > limit.traffic:
-            text = f"{traffic:.0%} of the traffic; the limit is {limit.traffic:.0%}"
-            return _No(False, "blast_radius", text, None, {})
-        if limit.tenants is not None and tenants > limit.tenants:
-            return _No(False, "blast_radius", f"{tenants} tenants; the limit is {limit.tenants}", None, {})
-        if limit.usd_per_hour is not None:
-            costs = [estate.usd_per_hour(dict(key), span) for key in shares]
-            known = [c for c in costs if c is not None]
-            if len(known) < len(costs):
-                return _No(False, "blast_radius", "cost of the touched traffic is unknown", None, {})
-            usd = sum(c * share for c, share in zip(known, shares.values(), strict=True))
-            figures["blast_usd_per_hour"] = round(usd, 2)
-            if usd > limit.usd_per_hour:
-                text = f"${usd:.0f}/h; the limit is ${limit.usd_per_hour:.0f}/h"
-                return _No(False, "blast_radius", text, None, {})
-        return None
-
-    # --- out ------------------------------------------------------------------------------------------------------
-
-    def _say(self, incident: Incident, runbook: Runbook, case: _Case, no: _No, now: float) -> Planned | None:
-        verdict = Verdict.HOLD if no.hold else Verdict.REFUSE
-        # Another lock or a longer cooldown is the same verdict; people need not hear of it again.
-        if case.said == (verdict.value, no.reason):
-            return None
-        case.said = (verdict.value, no.reason)
-        decision = Decision(
-            at=now,
-            incident=incident.id,
-            runbook=runbook.name,
-            decision=verdict,
-            reason=no.reason,
-            detail=no.detail,
-            until=no.until,
-            values=dict(no.values),
-        )
-        return decision, None
-
-    def _grant(
-        self,
-        incident: Incident,
-        runbook: Runbook,
-        case: _Case,
-        plan: Plan,
-        figures: dict[str, Any],
-        now: float,
+    def _say(
+        self, incident: str, runbook: Runbook, case: Case, no: Check, figures: Mapping[str, Any], now: float
     ) -> Planned | None:
-        verdict, reason, detail = _VERDICTS[plan.mode]
-        if plan.mode != "auto" and case.said == (verdict.value, reason):
+        # Another lock or a longer cooldown is the same verdict; people need not hear of it again.
+        if case.said == _said(no):
             return None
-        case.said = (verdict.value, reason)
-        if plan.mode == "auto":
-            self._begin(plan, case, now)
-        if plan.mode == "suggest" and runbook.mode != "suggest":
-            detail = f"the environment's mode is {self._ceiling}; the runbook's is {runbook.mode}"
-        decision = Decision(
-            at=now,
-            incident=incident.id,
-            runbook=runbook.name,
-            decision=verdict,
-            reason=reason,
-            detail=detail,
-            plan_hash=plan.plan_hash,
-            values=figures,
-        )
-        return decision, plan if verdict is not Verdict.HOLD else None
+        case.said = _said(no)
+        return Decision(
+            at=now, incident=incident, runbook=runbook.name, decision=_verdict(no), reason=no.reason or no.name,
+            detail=no.detail, until=no.until, values={**figures, **no.values},
+        ), None  # fmt: skip
 
-    def _begin(self, plan: Plan, case: _Case, now: float) -> None:
+    def _go(self, q: Question, now: float) -> Planned | None:
+        """Every guard passes: it runs, is offered to a person, or would have run."""
+        s, case, runbook = self._s, q.case, q.runbook
+        verdict, reason, detail = verdict_of(q)
+        plan = msgspec.structs.replace(q.plan, mode=q.mode)
+        case.windowed = False
+        case.look_at = min(now + self._settings.relook_s, q.known.news_at + runbook.model.max_age)
+        values = {**q.figures, "mode": runbook.mode, "environment": self._ceiling}
+        if verdict is Verdict.RUN:
+            withdraw(s, case, "withdrawn", now)
+            self._begin(plan, runbook, case, now)
+            case.said = (verdict.value, reason)
+            return _decision(plan, verdict, reason, detail, now, values), plan
+        if verdict is Verdict.HOLD:
+            withdraw(s, case, "withdrawn", now)
+            if case.said == (verdict.value, reason):
+                return None
+            case.said = (verdict.value, reason)
+            return _decision(plan, verdict, reason, detail, now, values), None
+        waiting = s.waiting.get(case.waiting)
+        if waiting is not None and now <= waiting.until and case.said == (verdict.value, reason):
+            case.look_at = min(case.look_at, waiting.until)
+            return None
+        return self._offer(q, plan, values, now)
+
+    def _offer(self, q: Question, plan: Plan, values: dict[str, Any], now: float) -> Planned:
+        """A plan waits for a person. One that nobody answered is offered again, under another hash, as it would be now."""
+        s, case = self._s, q.case
+        verdict, reason, detail = verdict_of(q)
+        if case.waiting:
+            values = {**values, "instead_of": case.waiting}
+            detail = f"{detail}; offered again, nobody answered the last time"
+            withdraw(s, case, "expired", now)
+            plan = msgspec.structs.replace(plan, plan_hash=hash_of(plan, case.offers))
+        until = now + q.runbook.model.approval
+        case.waiting = plan.plan_hash
+        case.said = (verdict.value, reason)
+        case.look_at = min(case.look_at, until)
+        s.waiting[plan.plan_hash] = Waiting(
+            hash=plan.plan_hash, plan=plan, since=now, until=until, values=values
+        )
+        return _decision(plan, verdict, reason, detail, now, values, until=until), plan
+
+    def _begin(self, plan: Plan, runbook: Runbook, case: Case, now: float) -> None:
+        """Takes the locks and counts the run; from here on the executor has it."""
+        s, rate = self._s, runbook.model.limits.breaker
         case.attempts += 1
         case.running = plan.plan_hash
-        self._s.plans[plan.plan_hash] = plan
-        self._s.locks.update(dict.fromkeys(plan.locks, plan.plan_hash))
-        runs = self._s.runs.setdefault(plan.runbook, [])
+        case.offers = 0
+        case.look_at, case.windowed = NEVER, False
+        s.plans[plan.plan_hash] = Running(plan, now, rate.count, rate.per_s)
+        s.locks.update(dict.fromkeys(plan.locks, plan.plan_hash))
+        made = s.efforts.setdefault(plan.incident, {})
+        for key in effort_keys(plan):
+            made[key] = made.get(key, 0) + 1
+        runs = s.runs.setdefault(plan.runbook, [])
         runs.append(now)
-        del runs[: max(0, len(runs) - 10_000)]
-        for key in _cooldown_keys(plan):
-            self._s.ended[key] = now
+        del runs[: max(0, len(runs) - _MOST_RUNS)]
+        for key in cooldown_keys(plan):
+            s.ended[key] = now
+        self._moved(plan, now)
 
-    def approved(self, plan: Plan, now: float) -> bool:
-        """A person approved a plan of mode `suggest` or `approve`: takes its locks and counts the run.
+    def _question(
+        self,
+        runbook: Runbook,
+        known: Known,
+        case: Case,
+        variables: Mapping[str, Any],
+        estate: Estate,
+        now: float,
+    ) -> Question:
+        return Question(
+            runbook,
+            known,
+            case,
+            variables,
+            estate,
+            now,
+            self._s,
+            self._settings,
+            self._ceiling,
+            self._dry_run,
+        )
 
-        Returns: False when it may no longer run: its incident is over, something else runs, or a lock is taken.
-        """
-        known = self._s.incidents.get(plan.incident)
-        case = self._s.cases.get(plan.incident, {}).get(plan.runbook)
-        if known is None or case is None or case.running or self._s.frozen or self._locked(plan) is not None:
-            return False
-        self._begin(plan, case, now)
-        return True
-
-    def snapshot(self) -> bytes:
-        return pack_state("planner", 1, self._s)
-
-    def restore(self, state: bytes) -> None:
-        """Raises: SnapshotError when the bytes are of another stage or version."""
-        self._s = unpack_state(state, "planner", 1, _State)
+    def _values(self, known: Known, now: float) -> dict[str, Any]:
+        """What conditions read of an incident; only its ages change between two pieces of news."""
+        incident = known.incident
+        values = self._variables.get(incident.id)
+        if values is None:
+            if len(self._variables) > 2 * len(self._s.incidents) + 16:
+                self._variables.clear()
+            values = self._variables[incident.id] = variables_of(incident, now)
+        values["incident.age_s"] = float(now - incident.at)
+        values["incident.lasted_s"] = float(now - incident.since)
+        return values
 
 
-_VERDICTS: Final[dict[Mode, tuple[Verdict, str, str]]] = {
-    "observe": (Verdict.HOLD, "mode_observe", "it would have run; observing only"),
-    "suggest": (Verdict.SUGGEST, "mode_suggest", "every guard passes; a person decides"),
-    "approve": (Verdict.SUGGEST, "mode_approve", "every guard passes; waits for approval"),
-    "auto": (Verdict.RUN, "when_matched", "condition true, every guard passed"),
-}
+_CLEARED: Final = Check(
+    "condition", False, "its condition is no longer true", reason="condition_cleared", hold=True
+)
+_UNKNOWN: Final = Refused("approval_unknown", "nothing with this hash waits here")
+_NO_RUNBOOK: Final = Refused("approval_withdrawn", "its runbook is no more")
 
 
-def _cooldown_keys(plan: Plan) -> list[str]:
-    """Targets that cool down after a run: the sources, whoever acted on them."""
-    return [",".join(f"{k}={v}" for k, v in sorted(step.scope.items())) for step in plan.steps]
+def _mode(word: str) -> Mode:
+    known = [m for m in MODES if m == word]
+    if not known:
+        raise ConfigError(f"unknown mode {word!r}{did_you_mean(word, MODES)}", where="mode")
+    return known[0]
+
+
+def _verdict(no: Check) -> Verdict:
+    return Verdict.HOLD if no.hold else Verdict.REFUSE
+
+
+def _said(no: Check) -> tuple[str, str]:
+    return _verdict(no).value, no.reason or no.name
+
+
+def _refused(no: Check) -> Refused:
+    return Refused(no.reason or no.name, no.detail, no.until, no.values)
+
+
+def _decision(
+    plan: Plan, verdict: Verdict, reason: str, detail: str, now: float, values: dict[str, Any],
+    *, by: str = "flyball", until: float | None = None,
+) -> Decision:  # fmt: skip
+    return Decision(
+        at=now, incident=plan.incident, runbook=plan.runbook, decision=verdict, reason=reason, detail=detail, until=until,
+        plan_hash=plan.plan_hash, by=by, values=values,
+    )  # fmt: skip
