@@ -1,8 +1,10 @@
-"""Carries operations to the hooks: each start at most once, each cancel and undo until it is answered, and always with an end.
+"""Carries operations to the hooks: each start at most once, and every one with an end.
 
 The durable queue is the caller's (a table written in the same transaction as the ledger's reservation); it is reached by the
 small port `OperationStore`. What is marked as sending and has no answer, because of a time-out or because this process was
-killed, may have been taken: its status is asked, it is never sent again.
+killed, may have been taken: its status is asked, and a start is never sent again. A cancel or an undo is done once by the hook
+however often it comes, so one without a clear answer is repeated. What was certainly not taken is told, and tried again only when
+the executor orders another attempt.
 """
 
 from __future__ import annotations
@@ -25,22 +27,23 @@ _log = structlog.get_logger(__name__)
 
 ASK_S: Final[tuple[float, ...]] = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 """Waits between questions for the status; the last one repeats."""
-AGAIN_S: Final[tuple[float, ...]] = (1.0, 2.0, 5.0, 15.0, 30.0, 60.0, 300.0)
-"""Waits between tries of a cancel or an undo; the last one repeats."""
+REPEAT_S: Final[tuple[float, ...]] = (1.0, 2.0, 5.0, 15.0, 30.0, 60.0, 300.0)
+"""Waits before a cancel or an undo is repeated; the last one repeats."""
+QUIET_TRIES: Final = 2
 JITTER: Final = 0.25
 
 State = Literal["reserved", "sending", "asking"]
 
 
 class OperationRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One request that is not finished. There is one row for each operation's id and verb; a new attempt replaces it.
+    """One request that is not finished: of one operation, one verb and one attempt.
 
-    state: `reserved`, not sent yet (or, of a cancel or undo, to be sent again); `sending`, marked before it went out;
-        `asking`, taken or unknown, its status is asked.
+    state: `reserved`, not sent yet (or, of a cancel or undo, to be repeated); `sending`, marked before it went out; `asking`,
+        taken or unknown, its status is asked.
     since: when it was first marked as sending; 0 before.
     tries: how often it was put off, by `put_off` or by `reported` with a state.
     told: status of the last report about it; empty when there was none.
-    started: of a cancel, whether the operation's start was ever marked as sending; True for the others.
+    started: of a cancel, whether any start of the operation was ever marked as sending; else True.
     """
 
     operation: Operation
@@ -59,8 +62,7 @@ class OperationStore(Protocol):
         ...
 
     async def mark_sending(self, operation: Operation, at: float) -> bool:
-        """`reserved` becomes `sending`, with `since` set where it is 0. False, and no change, when the row is in any other state
-        or holds another attempt."""
+        """`reserved` becomes `sending`, with `since` set where it is 0. False, and no change, when the row is in any other state."""
         ...
 
     async def put_off(self, operation: Operation, state: State | None, at: float) -> None:
@@ -71,7 +73,6 @@ class OperationStore(Protocol):
         """The report goes into the log, for the executor, and the row's `told` becomes its status.
 
         state: None when the row is finished; else it is due again at `at` in this state, as by `put_off`.
-        A report about an attempt that the row does not hold any more goes into the log and leaves the row alone.
         """
         ...
 
@@ -81,14 +82,14 @@ class HookDispatchSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     concurrency: starts and questions at once; cancels and undos are never limited.
     settle_s: how long the status of an unanswered start is asked before people are told that nobody knows.
-    ask_for_s: how long after its deadline the status is asked. again_for_s: how long a cancel or undo is tried.
+    ask_for_s: how long after its deadline the status is asked. repeat_for_s: how long a cancel or undo is repeated.
     """
 
     concurrency: int = 16
     per_hook: int = 4
     settle_s: float = 10.0
     ask_for_s: float = 3600.0
-    again_for_s: float = 86_400.0
+    repeat_for_s: float = 3600.0
     poll_s: float = 0.5
     batch: int = 64
 
@@ -262,7 +263,7 @@ class Dispatcher:
     # --- cancel, undo ---------------------------------------------------------------------------------------------
 
     async def _recover(self, row: OperationRow) -> None:
-        """Sends a cancel or an undo, as often as it takes: the hook does it once."""
+        """Sends a cancel or an undo, as often as it takes to know: the hook does it once."""
         operation = row.operation
         now = self._clock.now()
         if operation.verb == "cancel" and not row.started:
@@ -276,40 +277,37 @@ class Dispatcher:
     async def _ask_recovery(self, row: OperationRow) -> None:
         self.counts["asked"] += 1
         report = await self._client.ask(row.operation)
-        if (report.status == "not_reached" and not self._over(row, report.at)) or (
-            report.status == "accepted" and row.told == "accepted" and not self._over(row, report.at)
-        ):
+        waits = report.status == "not_reached" or report.status == row.told == "accepted"
+        if waits and not self._over(row, report.at):
             await self._put_off(row, "asking")
+        elif waits:
+            await self._tell(
+                unknown(row.operation, report.at, "no_status", "accepted, and never ended"), None
+            )
         else:
             await self._recovered(row, report)
 
     async def _recovered(self, row: OperationRow, report: OperationReport) -> None:
         if report.status == "accepted":
             await self._tell(report, "asking", self._in(ASK_S, 0))
-            return
-        transient = report.status == "rejected" and report.transient
-        if not transient and report.status not in ("not_reached", "ambiguous"):
+        elif report.status != "ambiguous":
             await self._tell(report, None)
-            return
-        if self._over(row, report.at):
-            await self._tell(
-                unknown(row.operation, report.at, "given_up", report.detail or report.code), None
-            )
-            return
-        # A hiccup is nobody's news; one that lasts is.
-        if row.tries < 2 or row.told == report.status:
-            await self._put_off(row, "reserved", report.retry_after_s)
+        elif self._over(row, report.at):
+            await self._tell(unknown(row.operation, report.at, report.code, report.detail), None)
+        elif row.tries < QUIET_TRIES or row.told == "ambiguous":
+            await self._put_off(row, "reserved")
         else:
-            await self._tell(report, "reserved", self._in(AGAIN_S, row.tries, report.retry_after_s))
+            # A hiccup is nobody's news; one that lasts is.
+            await self._tell(report, "reserved", self._in(REPEAT_S, row.tries))
 
     def _over(self, row: OperationRow, now: float) -> bool:
-        return row.since > 0 and now >= row.since + self._settings.again_for_s
+        return row.since > 0 and now >= row.since + self._settings.repeat_for_s
 
     # --- store ----------------------------------------------------------------------------------------------------
 
-    async def _put_off(self, row: OperationRow, state: State, at_least_s: float | None = None) -> None:
-        waits = ASK_S if state == "asking" else AGAIN_S
-        await self._store.put_off(row.operation, state, self._in(waits, row.tries, at_least_s))
+    async def _put_off(self, row: OperationRow, state: State) -> None:
+        waits = ASK_S if state == "asking" else REPEAT_S
+        await self._store.put_off(row.operation, state, self._in(waits, row.tries))
 
     async def _tell(self, report: OperationReport, state: State | None, at: float = 0.0) -> None:
         self.counts[report.status] += 1
@@ -323,11 +321,8 @@ class Dispatcher:
         )
         await self._store.reported(report, state, at)
 
-    def _in(self, waits: Sequence[float], tries: int, at_least_s: float | None = None) -> float:
-        wait = waits[min(tries, len(waits) - 1)]
-        if at_least_s is not None:
-            wait = max(wait, min(at_least_s, waits[-1]))
-        return self._clock.now() + wait * (1 + JITTER * self._rng.random())
+    def _in(self, waits: Sequence[float], tries: int) -> float:
+        return self._clock.now() + waits[min(tries, len(waits) - 1)] * (1 + JITTER * self._rng.random())
 
 
 def _said_so(report: OperationReport) -> bool:

@@ -31,8 +31,8 @@ TERMINAL: Final[frozenset[str]] = frozenset(
 """After these nothing more happens. `ambiguous` is the hook's own word here: it does not know either."""
 _OF_VERB: Final[dict[str, frozenset[str]]] = {
     "start": TERMINAL | {"accepted", "rejected", "unsupported"},
-    # "succeeded" could mean the cancelling or the operation; so it is not a word for it.
-    "cancel": frozenset({"accepted", "rejected", "unsupported", "cancelled", "ambiguous"}),
+    # What the operation came to: cancelled, or what it is when that came too late.
+    "cancel": TERMINAL | {"accepted", "rejected", "unsupported"},
     "undo": TERMINAL - {"cancelled"} | {"accepted", "rejected", "unsupported"},
 }
 
