@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Protocol
 
 import msgspec
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel, BeforeValidator, Field
 
 from flyball.core.entities import Entity
 from flyball.core.ids import short_id
@@ -88,9 +88,14 @@ def parse_share(value: object) -> float:
     raise ValueError(f"{str(value)[:60]!r} is not a share; write a percentage, for example 25%")
 
 
-DurationS = Annotated[float, BeforeValidator(parse_duration, json_schema_input_type=str)]
+DURATION_PATTERN: Final = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h|d))+$"
+SHARE_PATTERN: Final = r"^[0-9]{1,3}(\.[0-9]{1,4})?%$"
+"""For JSON Schemas; `parse_duration` and `parse_share` decide."""
+_Duration = Annotated[str, Field(pattern=DURATION_PATTERN)]
+_Share = Annotated[str, Field(pattern=SHARE_PATTERN)]
+DurationS = Annotated[float, BeforeValidator(parse_duration, json_schema_input_type=_Duration)]
 """Seconds; written `30s`, `5m`, `1h`."""
-Share = Annotated[float, BeforeValidator(parse_share, json_schema_input_type=str)]
+Share = Annotated[float, BeforeValidator(parse_share, json_schema_input_type=_Share)]
 """In (0, 1]; written `25%`."""
 
 

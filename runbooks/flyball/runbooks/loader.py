@@ -36,7 +36,7 @@ from flyball.runbooks.schema import (
     StepModel,
     VerifyModel,
 )
-from flyball.runbooks.yaml_nodes import Document, parse
+from flyball.runbooks.yaml_nodes import MAX_BYTES, Document, parse
 
 Location = tuple[int | str, ...]
 _STEP_FIELDS: Final = frozenset(StepModel.model_fields)
@@ -123,6 +123,13 @@ def check_runbook(
         document = parse(text, path)
     except ConfigError as e:
         return None, [e]
+    return check_document(document, actions, source)
+
+
+def check_document(
+    document: Document, actions: Actions, source: Literal["packaged", "directory"] = "directory"
+) -> tuple[Runbook | None, list[ConfigError]]:
+    """As `check_runbook`, for one that is parsed already."""
     return _Check(document, actions, source).run()
 
 
@@ -451,14 +458,7 @@ def load_runbooks(
 
     Raises: RunbookErrors with everything that is wrong; then nothing is loaded.
     """
-    texts: dict[str, str | bytes] = {}
-    errors: list[ConfigError] = []
-    for path in map(Path, paths):
-        try:
-            files = _files(path)
-            texts.update({str(f): f.read_bytes() for f in files})
-        except OSError as e:
-            errors.append(ConfigError(f"cannot be read: {e.strerror}", where=str(path), code="RB120"))
+    texts, errors = read_texts(paths)
     try:
         own = load_texts(texts, actions=actions)
     except RunbookErrors as e:
@@ -478,12 +478,33 @@ def load_runbooks(
     return RunbookSet(tuple(merged.values()))
 
 
+def read_texts(paths: Sequence[str | Path]) -> tuple[dict[str, bytes], list[ConfigError]]:
+    """The bytes of every `*.yaml` and `*.yml` of files and folders by path, in order; and what could not be read.
+
+    Of a file that is too long only so much is read that `parse` refuses it.
+    """
+    texts: dict[str, bytes] = {}
+    errors: list[ConfigError] = []
+    for path in map(Path, paths):
+        try:
+            for file in _files(path):
+                with file.open("rb") as f:
+                    texts[str(file)] = f.read(4 * MAX_BYTES + 1)
+        except OSError as e:
+            what = f"cannot be read: {e.strerror or e}"
+            errors.append(ConfigError(what, where=f"{path}:1:1", code="RB120"))
+    return texts, errors
+
+
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(f for f in path.iterdir() if f.suffix in (".yaml", ".yml") and f.is_file())
+    if path.exists() and not path.is_file():
+        raise OSError(0, "neither a file nor a folder")
     return [path]
 
 
 __all__ = [
-    "Runbook", "RunbookErrors", "RunbookSet", "RunbookStep", "check_runbook", "library", "load_runbooks", "load_texts",
+    "Runbook", "RunbookErrors", "RunbookSet", "RunbookStep", "check_document", "check_runbook", "library", "load_runbooks",
+    "load_texts", "read_texts",
 ]  # fmt: skip

@@ -19,6 +19,8 @@ from flyball.core.errors import ConfigError
 
 MAX_BYTES: Final = 64 * 1024
 MAX_DEPTH: Final = 24
+_LARGEST: Final = 1e15
+"""Beyond it whole numbers are no longer exact in every reader of JSON, and no runbook means them."""
 
 _NULL = re.compile(r"~|null|Null|NULL|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
@@ -123,7 +125,7 @@ def parse(text: str | bytes, path: str) -> Document:
 
     Raises: ConfigError with a code `RB00x` and `path:line:column`:
         RB001 not YAML, not UTF-8 or too long; RB002 duplicate key; RB003 anchors, aliases, tags, several documents;
-        RB004 too deep; RB005 a key that is no text; RB006 a word that YAML 1.1 and 1.2 read differently.
+        RB004 too deep; RB005 a key that is no text; RB006 a word that YAML 1.1 and 1.2 read differently; RB108 too large a number.
     """
     if isinstance(text, bytes):
         text = _decoded(text, path)
@@ -236,6 +238,10 @@ class _Builder:
                 event,
                 "RB006",
                 f"{raw[:40]!r} is {_WORDS[old]} to some YAML readers and {_WORDS[kind]} to others; {_way_out(raw, old)}",
+            )
+        if isinstance(value, int | float) and not abs(value) < _LARGEST:
+            raise self._error(
+                event, "RB108", f"{raw[:40]} is larger than {_LARGEST:g}; quote it if text is meant"
             )
         return value
 
