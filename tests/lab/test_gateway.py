@@ -9,6 +9,7 @@ import pytest
 
 from flyball.core.directives import Directive
 from flyball.core.events import LlmCall
+from flyball.lab.agents import KNOCKS
 from flyball.lab.estate import default_estate
 from flyball.lab.sim import START_AT, Simulator
 from tests.lab.helpers import calls_of, lease, stepped
@@ -26,6 +27,12 @@ def run_with(
     return sim, calls_of(stepped(sim, seconds))
 
 
+def counted(sim: Simulator) -> dict[str, int]:
+    report = sim.enforced()
+    assert report is not None
+    return report.directives
+
+
 def by_call(calls: list[LlmCall]) -> dict[str, LlmCall]:
     return {c.id: c for c in calls}
 
@@ -33,7 +40,7 @@ def by_call(calls: list[LlmCall]) -> dict[str, LlmCall]:
 def test_a_whole_redirect_leaves_the_provider_without_calls() -> None:
     sim, calls = run_with(lease("redirect", {"provider": "b"}, START_AT, to={"provider": "a"}))
     assert {c.provider for c in calls} == {"a", "c", "own"}
-    assert sim.gateway.enforced(sim.now).directives["redirect-1"] > 100
+    assert counted(sim)["redirect-1"] > 100
 
 
 def test_a_share_moves_about_that_share_and_never_half_a_run() -> None:
@@ -70,7 +77,7 @@ def test_a_lease_ends_by_itself() -> None:
 def test_a_redirect_to_a_provider_without_the_model_moves_nothing() -> None:
     sim, calls = run_with(lease("redirect", {"provider": "own"}, START_AT, to={"provider": "a"}))
     assert [c for c in calls if c.provider == "own"]
-    assert sim.gateway.enforced(sim.now).directives == {}
+    assert counted(sim) == {"redirect-1": 0}
 
 
 def test_a_redirect_may_name_another_model() -> None:
@@ -103,24 +110,25 @@ def test_a_blocked_run_stops() -> None:
     run = runs[-1]
     sim.set_directives([lease("block", {"run": run}, sim.now)])
     later = [c for c in calls_of(stepped(sim, 200.0)) if c.run == run and start_of(c) > START_AT + 121.0]
-    assert len(later) <= 1
+    assert len(later) <= 1 + KNOCKS
     assert all(c.error == "gateway_local" for c in later)
 
 
 def test_a_limit_lets_through_no_more_than_it_says() -> None:
-    _, calls = run_with(lease("limit", {"app": "assistant"}, START_AT, requests_per_s=1.0))
-    passed: dict[int, int] = defaultdict(int)
-    for call in calls:
-        if call.app == "assistant" and call.error != "gateway_local":
-            passed[round(start_of(call) * 1e3) // 1000] += 1
-    # The pods' clocks differ, so a call may seem to fall into the neighbouring second.
-    assert max(passed.values()) <= 3
-    assert sum(passed.values()) <= 241
-    assert [c for c in calls if c.app == "assistant" and c.error_code == "429_limited"]
+    sim, calls = run_with(lease("limit", {"app": "assistant"}, START_AT, requests_per_min=60.0))
+    mine = [c for c in calls if c.app == "assistant"]
+    passed = [c for c in mine if c.error != "gateway_local"]
+    # One a second, and what may go at once after a pause.
+    assert len(passed) <= 241 + 10
+    refused = [c for c in mine if c.error_code == "429_limited"]
+    assert len(refused) > 100
+    # What the last senders hold back is refused, and not delivered yet.
+    assert counted(sim)["limit-1"] >= len(refused)
+    assert not [c for c in calls if c.app != "assistant" and c.error == "gateway_local"]
 
 
 def test_a_cap_shortens_answers() -> None:
-    _, calls = run_with(lease("cap", {"app": "summarize"}, START_AT, max_output_tokens=100))
+    _, calls = run_with(lease("cap", {"app": "summarize"}, START_AT, output_tokens=100))
     assert max(c.output_tokens or 0 for c in calls if c.app == "summarize") <= 100
     assert max(c.output_tokens or 0 for c in calls if c.app == "translate") > 100
 
@@ -143,8 +151,9 @@ def test_scopes_match_the_labels_that_events_carry(scope: dict[str, str]) -> Non
     refused = {c.id for c in blocked if c.error == "gateway_local"}
     expected = {c.id for c in plain if getattr(c, label) == value}
     assert refused
-    # A run that was blocked stops; its later calls, and retries of what is now refused, never come.
-    assert refused <= expected
+    # A run that was blocked stops or knocks again; its later calls, and retries of what is now refused, never come.
+    assert all(by_call(blocked)[i].run for i in refused - expected)
+    assert len(refused & expected) > 0.5 * len(refused)
     firsts = {c.id for c in plain if getattr(c, label) == value and not c.run and not c.retries}
     assert {i for i in firsts if i in by_call(blocked)} <= refused
 

@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from functools import partial
+from itertools import islice
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from flyball.core.events import AgentStep
 from flyball.lab._draws import generator, mix_int, uniform_int
 from flyball.lab.estate import Agent, Estate
-from flyball.lab.faults import AgentLoop
+from flyball.lab.faults import AgentLoop, LookAlike
 
 MEAN_CALLS: Final[dict[str, float]] = {"coder": 39.0, "researcher": 15.0, "support": 9.0}
 SPAWN_BLOCK_S: Final = 600.0
+KNOCKS: Final = 3
+KNOCKING_SHARE: Final = 0.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,22 +45,51 @@ class Turn:
     error: str = ""
 
 
+class Turns:
+    """The turns of one run, drawn as they come up. Copying it copies where it stands: a generator alone cannot be copied.
+
+    `skewed` are median and sigma of the length of the first prompt, which is drawn before any turn.
+    """
+
+    def __init__(
+        self,
+        style: Callable[[np.random.Generator], Iterator[Turn]],
+        seed: tuple[int, ...],
+        skewed: tuple[float, float],
+    ) -> None:
+        self._made_of = (style, seed, skewed)
+        rng = generator(*seed)
+        self.prompt_tokens = int(_skewed(rng, *skewed))
+        self._turns, self._taken = style(rng), 0
+
+    def take(self) -> Turn | None:
+        self._taken += 1
+        return next(self._turns, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Turns:
+        again = Turns(*self._made_of)
+        again._taken = self._taken
+        next(islice(again._turns, self._taken, self._taken), None)
+        return again
+
+
 @dataclass(slots=True)
 class Run:
-    """One run as it stands."""
+    """One run as it stands. `knocks`: how often it came back although it was blocked."""
 
     number: int
     name: str
     agent: int
     app: int
     tenant: int
-    turns: Iterator[Turn]
+    turns: Turns
     prompt_tokens: int
     current: Turn
     calls: int = 0
     steps: int = 0
     failures: int = 0
-    loop: AgentLoop | None = None
+    knocks: int = 0
+    loop: AgentLoop | LookAlike | None = None
 
 
 class Wanted(NamedTuple):
@@ -168,7 +201,52 @@ def looping_turns(rng: np.random.Generator, pattern: str) -> Iterator[Turn]:
         i += 1
 
 
-STYLES: Final = {"coder": coder_turns, "researcher": researcher_turns, "support": support_turns}
+def paging_turns(rng: np.random.Generator) -> Iterator[Turn]:
+    """One list, 500 pages of it: the same tool all along, the cursor moves on."""
+    query = int(rng.integers(1 << 60))
+    for page in range(500):
+        yield Turn(30, 25, 0.1, tool="records.list", args=mix_int(query + page) >> 2,
+                   result=int(rng.integers(1 << 62)), result_bytes=6000, latency_s=_skewed(rng, 0.3, 0.3))  # fmt: skip
+    yield Turn(300, 0, 0.0, kind="")
+
+
+def polling_turns(rng: np.random.Generator) -> Iterator[Turn]:
+    """Asks for the state of one job until it is done: same question, same answer, longer and longer pauses."""
+    yield Turn(40, 200, 0.2, tool="export.start", args=int(rng.integers(1 << 62)), result=int(rng.integers(1 << 62)),
+               result_bytes=90, latency_s=0.4)  # fmt: skip
+    job, pending, gap = int(rng.integers(1 << 62)), int(rng.integers(1 << 62)), 3.0
+    for _ in range(14):
+        yield Turn(
+            14, 60, gap, tool="export.status", args=job, result=pending, result_bytes=40, latency_s=0.1
+        )
+        gap = min(gap * 1.6, 60.0)
+    yield Turn(14, 90, 0.3, tool="export.status", args=job, result=int(rng.integers(1 << 62)), result_bytes=90,
+               latency_s=0.1)  # fmt: skip
+    yield Turn(200, 0, 0.0, kind="")
+
+
+def retesting_turns(rng: np.random.Generator) -> Iterator[Turn]:
+    """Edit, run the tests, again and again: the command stays, what it says changes."""
+    tests = int(rng.integers(1, 1 << 60))
+    for _ in range(25):
+        yield Turn(120, 300, 0.5, tool="edit", args=int(rng.integers(1 << 62)), result=int(rng.integers(1 << 62)),
+                   result_bytes=900, latency_s=0.3)  # fmt: skip
+        yield Turn(40, 400, 0.3, tool="bash.test", args=tests, result=int(rng.integers(1 << 62)), result_bytes=1200,
+                   latency_s=_skewed(rng, 4, 0.4), error="exit_1" if rng.random() < 0.6 else "")  # fmt: skip
+    yield Turn(150, 0, 0.0, kind="")
+
+
+STYLES: Final[dict[str, Callable[[np.random.Generator], Iterator[Turn]]]] = {
+    "coder": coder_turns,
+    "researcher": researcher_turns,
+    "support": support_turns,
+    "repeat": partial(looping_turns, pattern="repeat"),
+    "cycle": partial(looping_turns, pattern="cycle"),
+    "pages": paging_turns,
+    "polls": polling_turns,
+    "retests": retesting_turns,
+}
+"""How a run goes: by its agent, or by what is wrong with it."""
 
 
 class Agents:
@@ -206,23 +284,33 @@ class Agents:
             first += 1
         self._spawned_to = max(self._spawned_to, first * SPAWN_BLOCK_S)
 
-    def begin_loop(self, fault: AgentLoop, start: float, number: int) -> str:
-        """Starts the run that loops; returns its name."""
+    def begin_loop(self, fault: AgentLoop | LookAlike, start: float, number: int) -> str:
+        """Starts the run that loops, or seems to; returns its name."""
         agent = self.estate.agent_index[fault.agent]
         tenant = int(uniform_int(self._salt + number, 9) * 20)
         return self._begin(start, agent, tenant, (1 << 50) + number, fault)
 
-    def _begin(self, start: float, agent: int, tenant: int, key: int, loop: AgentLoop | None) -> str:
+    def _begin(
+        self, start: float, agent: int, tenant: int, key: int, loop: AgentLoop | LookAlike | None
+    ) -> str:
         described: Agent = self.estate.agents[agent]
-        rng = generator(self.seed, 7, key & 0xFFFFFFFF, key >> 32)
-        turns = STYLES[described.style](rng) if loop is None else looping_turns(rng, loop.pattern)
         app = self.estate.app_index[described.app]
         spec = self.estate.apps[app]
+        style = STYLES[described.style if loop is None else loop.pattern]
+        turns = Turns(
+            style,
+            (self.seed, 7, key & 0xFFFFFFFF, key >> 32),
+            (spec.input_median_tokens, spec.input_sigma),
+        )
+        first = turns.take()
+        if first is None:
+            raise ValueError(f"a run of {described.name} has no turn")
         number = len(self.names)
         name = f"{described.name}-{mix_int(key ^ self._salt):016x}"
-        prompt = int(_skewed(rng, spec.input_median_tokens, spec.input_sigma))
         self.names.append(name)
-        self._live[number] = Run(number, name, agent, app, tenant, turns, prompt, next(turns), loop=loop)
+        self._live[number] = Run(
+            number, name, agent, app, tenant, turns, turns.prompt_tokens, first, loop=loop
+        )
         heapq.heappush(self._due, (start, number))
         return name
 
@@ -236,13 +324,15 @@ class Agents:
                 del self._live[number]
                 continue
             prefix = run.prompt_tokens - run.current.grow if run.calls else run.prompt_tokens // 2
-            uid = mix_int(mix_int(int(run.name[-16:], 16)) + run.calls + 7919 * run.failures)
+            uid = mix_int(
+                mix_int(int(run.name[-16:], 16)) + run.calls + 7919 * run.failures + 104729 * run.knocks
+            )
             wanted.append(Wanted(start, number, uid, run.agent, run.app, run.tenant, run.prompt_tokens,
                                  max(prefix, 0), run.current.output, run.current.kind == "tool",
                                  int(run.name[-16:], 16)))  # fmt: skip
         return wanted
 
-    def set_loop(self, number_name: str, fault: AgentLoop) -> None:
+    def set_loop(self, number_name: str, fault: AgentLoop | LookAlike) -> None:
         """Gives a looping run its fault's new end."""
         for run in self._live.values():
             if run.name == number_name:
@@ -253,9 +343,12 @@ class Agents:
         run = self._live.get(number)
         if run is None:
             return None
+        if blocked:
+            self._knock_or_end(run, end)
+            return None
         if not ok:
             run.failures += 1
-            if blocked or run.failures > 3:
+            if run.failures > 3:
                 del self._live[number]
             else:
                 heapq.heappush(self._due, (end + 4.0 * 2.0**run.failures, number))
@@ -263,7 +356,7 @@ class Agents:
         turn, run.calls = run.current, run.calls + 1
         step_end = end + turn.latency_s
         step = self._step(run, turn, step_end) if turn.kind else None
-        following = next(run.turns, None)
+        following = run.turns.take()
         if following is None:
             del self._live[number]
         else:
@@ -272,7 +365,17 @@ class Agents:
             heapq.heappush(self._due, (step_end + turn.think_s, number))
         return step
 
-    def loop_of(self, number: int) -> AgentLoop | None:
+    def _knock_or_end(self, run: Run, end: float) -> None:
+        """A refusal that is not to be retried ends most frameworks' runs; some are started again by what is around them,
+        at growing gaps, and give up after `KNOCKS` times."""
+        patient = uniform_int(int(run.name[-16:], 16), 11) < KNOCKING_SHARE
+        if patient and run.knocks < KNOCKS:
+            run.knocks += 1
+            heapq.heappush(self._due, (end + 10.0 * 2.0 ** (run.knocks - 1), run.number))
+        else:
+            del self._live[run.number]
+
+    def loop_of(self, number: int) -> AgentLoop | LookAlike | None:
         run = self._live.get(number)
         return run.loop if run is not None else None
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from flyball.core.entities import Entity
 from flyball.core.errorclass import CLASS_INDEX
-from flyball.lab._draws import Floats, Ints, Mask, Records
+from flyball.lab._draws import Floats, Ints, Mask, Records, mix, unit_interval
 from flyball.lab.estate import Estate
 from flyball.lab.gateway import CODE_INDEX, Answers, Names
 
@@ -395,6 +395,72 @@ class AgentLoop:
 
 
 @dataclass(frozen=True, slots=True)
+class LookAlike:
+    """A run of an agent that does one thing again and again, and rightly: `pages` through 500 results, `polls` with growing
+    gaps, `retests` after every edit. Nothing is wrong with it; it ends by itself."""
+
+    kind: ClassVar[str] = "look_alike"
+    agent: str
+    start: float
+    end: float = math.inf
+    pattern: str = "pages"
+    run: str = ""
+
+    @property
+    def target(self) -> Entity:
+        return Entity("agent", self.agent)
+
+    def truth(self) -> Truth:
+        return Truth(self.kind, self.start, self.end, None, (), (), (), pages_least=0)
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetBurn:
+    """One tenant sends `times` its calls, of all its kinds: a job that somebody forgot, a key that somebody found."""
+
+    kind: ClassVar[str] = "budget_burn"
+    tenant: str
+    times: float
+    start: float
+    end: float = math.inf
+
+    @property
+    def target(self) -> Entity:
+        return Entity("tenant", self.tenant)
+
+    def truth(self) -> Truth:
+        accepted = (self.target, Entity("key", f"key-{self.tenant}"))
+        # Single clients burst for a minute: three minutes at a multiple are what a person would call a burn.
+        return Truth(
+            self.kind, self.start, self.end, self.target, accepted, ("llm.cost",), (), 40, lasts_s=180.0, pages_least=0
+        )  # fmt: skip
+
+    def further(self, estate: Estate, calls: Records) -> Records:
+        """The calls that come on top of these first ones: each with its own number and fate, a moment later."""
+        mine = _during(self.start, self.end, calls["start"]) & (
+            calls["tenant"] == estate.tenant_index[self.tenant]
+        )
+        mine &= (calls["attempt"] == 0) & (calls["run"] < 0) & ~calls["extra"]
+        whole, part = int(self.times) - 1, self.times % 1.0
+        copies = []
+        for number in range(1, whole + (2 if part else 1)):
+            more = calls[mine].copy()
+            more["uid"] = more["unit"] = mix(more["uid"] ^ np.uint64(0xB0_0000 + number))
+            more["start"] += 10.0 * unit_interval(mix(more["uid"]))
+            more["first"], more["extra"] = more["start"], True
+            if number > whole:
+                more = more[unit_interval(mix(more["uid"] ^ np.uint64(0xB1))) < part]
+            copies.append(more)
+        found: Records = np.concatenate(copies) if copies else calls[:0]
+        return found[np.argsort(found["start"], kind="stable")]
+
+    def on_answers(self, estate: Estate, a: Answers) -> Mask:
+        hit: Mask = a.calls["extra"] & (a.calls["tenant"] == estate.tenant_index[self.tenant])
+        hit &= a.calls["attempt"] == 0
+        return hit
+
+
+@dataclass(frozen=True, slots=True)
 class GpuXid:
     """A GPU reports an XID; `serving_fails` is the share of its server's calls that then fail."""
 
@@ -498,7 +564,32 @@ def _on_deployment(estate: Estate, deployment: str, a: Answers) -> Mask:
     return hit
 
 
+@dataclass(frozen=True, slots=True)
+class TargetCollapse:
+    """Whoever takes over traffic breaks down under it: `share` of all calls of a redirect's target fail while the redirect
+    moves `from_share` or more. What it does to the target ends with the redirect."""
+
+    kind: ClassVar[str] = "target_collapse"
+    start: float
+    end: float = math.inf
+    share: float = 0.5
+    from_share: float = 0.2
+
+    @property
+    def target(self) -> Entity:
+        return Entity("provider", "*")
+
+    def truth(self) -> Truth:
+        return Truth(self.kind, self.start, self.end, None, (), ("llm.errors",), (), pages_least=0)
+
+    def on_answers(self, estate: Estate, a: Answers) -> Mask:
+        hit: Mask = _during(self.start, self.end, a.calls["start"]) & (a.pressure >= self.from_share)
+        hit &= a.u[10] < self.share
+        a.fail(hit, *_pick({"503": 0.8, "429": 0.2}, a.u[11]))
+        return hit
+
+
 AnyFault: TypeAlias = (
     ProviderOutage | QuotaExhausted | AllProvidersDown | BadKey | RetryStorm | SlowProvider
-    | PromptInflation | AgentLoop | GpuXid | GpuThrottle | ServingSaturated
+    | PromptInflation | AgentLoop | LookAlike | BudgetBurn | GpuXid | GpuThrottle | ServingSaturated | TargetCollapse
 )  # fmt: skip

@@ -1,19 +1,17 @@
-"""The simulated gateway and the providers behind it: where a call goes, what comes back, and how directives change that.
+"""The simulated gateway and the providers behind it: where a call goes and what comes back.
 
 Every draw is a function of the call's own number, so that the same call meets the same fate however it is stepped
-through. Directives are leases: one applies to a call that starts within [granted_at, expires_at), also when nobody
-has taken it back, so the gateway lets go by itself.
+through. What directives change is `flyball.lab.enforcement`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 
-from flyball.core.directives import Directive, Enforced
 from flyball.core.errorclass import CLASS_INDEX, CLASSES
 from flyball.lab._draws import (
     Floats,
@@ -25,8 +23,8 @@ from flyball.lab._draws import (
     normals,
     uniforms,
 )
+from flyball.lab.enforcement import LOCAL, Enforcement
 from flyball.lab.estate import Estate
-from flyball.remediation.points.matching import chosen
 
 _ATTEMPT: Final = np.uint64(0xD1342543DE82EF95)
 
@@ -61,7 +59,7 @@ _FAST_S: Final[Floats] = np.array(
       "gateway_local": 0.002}.get(c, 0.0) for c in CLASSES]
 )  # fmt: skip
 """How long a refusal takes; 0 for the classes that take a part of the normal time."""
-_LOCAL, _TIMEOUT = CLASS_INDEX["gateway_local"], CLASS_INDEX["timeout"]
+_TIMEOUT = CLASS_INDEX["timeout"]
 _TOO_LONG, _OVERLOADED = CLASS_INDEX["context_too_long"], CLASS_INDEX["overloaded"]
 _PARTIAL: Final[Mask] = np.isin(np.array(CLASSES), ("stream_interrupted", "cancelled"))
 _FILTERED: Final = CLASS_INDEX["content_filter"]
@@ -72,6 +70,7 @@ class Answers:
     """What became of n attempts, as columns; faults may write to it before it is finished.
 
     `error` indexes CLASSES, `code` CODES. `slower` multiplies the time of a success. `input`, `output`, `cached`: tokens.
+    `pressure`: the largest share that a redirect in force moves onto the call's provider.
     """
 
     calls: Records
@@ -87,14 +86,19 @@ class Answers:
     region: Ints
     deployment: Ints
     cold: Floats
+    pressure: Floats
     max_retries: Ints
     backoff_s: Floats
 
     def fail(self, mask: Mask, classes: Ints, codes: Ints | None = None) -> None:
         """Fails the attempts of `mask` with `classes` (int64[n]); an attempt that the gateway blocked stays blocked."""
-        mask = mask & (self.error != _LOCAL)
+        mask = mask & (self.error != LOCAL)
         self.error[mask] = classes[mask]
         self.code[mask] = (_CODE_OF_CLASS[classes] if codes is None else codes)[mask]
+
+    def refuse(self, row: int, status: int) -> None:
+        """The gateway itself stops one attempt. SDKs are told not to try again (`x-should-retry: false`)."""
+        self.error[row], self.code[row] = LOCAL, CODE_INDEX["403_blocked" if status == 403 else "429_limited"]
 
 
 class AnswerFault(Protocol):
@@ -118,10 +122,10 @@ class Gateway:
     def __init__(self, estate: Estate, seed: int, names: Names) -> None:
         self.estate, self.names = estate, names
         self._word = np.uint64(mix_int(seed ^ 0x6A7E))
-        self._directives: tuple[Directive, ...] = ()
-        self._used: dict[tuple[str, int], float] = {}
-        self.applied: dict[str, int] = {}
         self._set_constants()
+        self.enforcement = Enforcement(estate, names, self._serves)
+        self.drained: set[str] = set()
+        """Deployments that get no calls any more, because somebody drained them."""
 
     def _set_constants(self) -> None:
         e = self.estate
@@ -141,142 +145,8 @@ class Gateway:
         self._max_retries = np.array([a.max_retries for a in e.apps])
         self._cache_share = np.array([a.cache_share for a in e.apps])
         self._serves = np.array([[m.name in p.models for m in e.models] for p in e.providers])
-        self._teams = [a.team for a in e.apps]
         self._caller_floor = np.array(list(CALLER_FLOOR.values()))
         self._provider_floor = np.array(list(PROVIDER_FLOOR.values()))
-
-    # -- directives ---------------------------------------------------------------------------------------------
-
-    def set_directives(self, directives: Iterable[Directive]) -> None:
-        """Replaces the set of live leases; of two with one id the higher epoch counts."""
-        newest: dict[str, Directive] = {}
-        for d in directives:
-            if d.id not in newest or newest[d.id].epoch <= d.epoch:
-                newest[d.id] = d
-        self._directives = tuple(newest[i] for i in sorted(newest))
-
-    def enforced(self, at: float, point: str = "lab-gateway") -> Enforced:
-        """What was applied since the last report; starts the count anew."""
-        applied, self.applied = self.applied, {}
-        return Enforced(point=point, at=at, directives=applied)
-
-    def matches(self, scope: dict[str, str], calls: Records) -> Mask:
-        """bool[n]: which calls carry all labels of `scope`. A label that the gateway does not know matches nothing."""
-        e = self.estate
-        mask: Mask = np.full(len(calls), bool(scope))
-        for label, value in scope.items():
-            if label in ("provider", "model", "app", "tenant", "agent"):
-                index: dict[str, int] = getattr(e, f"{label}_index")
-                mask &= calls[label] == index.get(value, -2)
-            elif label == "team":
-                mask &= np.isin(calls["app"], [i for i, t in enumerate(self._teams) if t == value])
-            elif label == "key":
-                mask &= calls["tenant"] == e.tenant_index.get(value.removeprefix("key-"), -2)
-            elif label in ("prompt", "run"):
-                known = self.names.prompts if label == "prompt" else self.names.runs
-                mask &= calls[label] == (known.index(value) if value in known else -2)
-            elif label == "region":
-                names = [[r == value for r in p.regions] for p in e.providers]
-                hit = np.array([any(row) for row in names])[calls["provider"]]
-                place = np.array([row.index(True) if any(row) else -2 for row in names])[calls["provider"]]
-                mask &= hit & (self._region(calls) == place)
-            else:
-                mask &= False
-        return mask
-
-    def _region(self, calls: Records) -> Ints:
-        region: Ints = calls["tenant"] % self._n_regions[calls["provider"]]
-        return region
-
-    def _obey(self, a: Answers) -> None:
-        """Blocks first, then redirects (the most specific that matches; none is redirected twice), limits and caps."""
-        calls, moved = a.calls, np.zeros(len(a.calls), dtype=bool)
-        rank = {"block": 0, "redirect": 1, "limit": 2, "cap": 3}
-        for d in sorted(self._directives, key=lambda d: (rank[d.kind], -len(d.scope), d.id)):
-            live = (calls["start"] >= d.granted_at) & (calls["start"] < d.expires_at)
-            if not live.any():
-                continue
-            mask = live & self.matches(d.scope, calls) & (a.error != _LOCAL)
-            if d.kind == "block":
-                self._refuse(a, mask, "403_blocked")
-            elif d.kind == "redirect":
-                mask = self._redirect(d, a, self._in_share(d, calls, mask & ~moved))
-                moved |= mask
-            elif d.kind == "limit":
-                mask = self._limit(d, a, mask)
-                self._refuse(a, mask, "429_limited")
-            else:
-                self._cap(d.params, calls, mask)
-            hits = int(mask.sum())
-            if hits:
-                self.applied[d.id] = self.applied.get(d.id, 0) + hits
-
-    def _in_share(self, d: Directive, calls: Records, mask: Mask) -> Mask:
-        """bool[n]: those of `mask` that are in the lease's share, by the same hash as every enforcement point."""
-        share = float(d.params.get("share", 1.0))
-        if share >= 1.0:
-            return mask
-        inside = mask.copy()
-        for row in np.flatnonzero(mask):
-            run = int(calls["run"][row])
-            key = self.names.runs[run] if run >= 0 else f"{int(calls['uid'][row]):016x}"
-            inside[row] = chosen(d.id, share, key)
-        return inside
-
-    def _refuse(self, a: Answers, mask: Mask, code: str) -> None:
-        a.error[mask], a.code[mask] = _LOCAL, CODE_INDEX[code]
-
-    def _redirect(self, d: Directive, a: Answers, mask: Mask) -> Mask:
-        """Moves calls to another provider (and model) that serves what they ask for; others stay where they are."""
-        to: dict[str, str] = d.params.get("to", {})
-        known = self.estate.provider_index.get(to.get("provider", ""), -1)
-        if known < 0 and ("provider" in to or "model" not in to):
-            return mask & False
-        provider = np.where(known < 0, a.calls["provider"], known)
-        model = np.full(len(a.calls), self.estate.model_index.get(to.get("model", ""), -1))
-        model = np.where(model < 0, a.calls["model"], model)
-        mask = mask & self._serves[provider, model]
-        a.calls["provider"][mask] = provider[mask]
-        a.calls["model"][mask] = model[mask]
-        # The new provider has none of our prefixes yet: its cache warms up over some minutes.
-        warm = 1.0 - np.exp(-np.maximum(a.calls["start"] - d.granted_at, 0.0) / 240.0)
-        a.cold[mask] = warm[mask]
-        return mask
-
-    def _limit(self, d: Directive, a: Answers, mask: Mask) -> Mask:
-        """bool[n]: the calls over `requests_per_s`, `tokens_per_min` or `usd_per_hour` of the lease."""
-        spans = {"requests_per_s": 1.0, "tokens_per_min": 60.0, "usd_per_hour": 3600.0}
-        over: Mask = np.zeros(len(mask), dtype=bool)
-        for name, span in spans.items():
-            if name not in d.params:
-                continue
-            rows = np.flatnonzero(mask)
-            for row in rows[np.argsort(a.calls["start"][rows], kind="stable")]:
-                call = a.calls[row]
-                key = (f"{d.id}/{name}", int(call["start"] // span))
-                amount = self._amount(name, call)
-                if self._used.get(key, 0.0) + amount > float(d.params[name]):
-                    over[row] = True
-                else:
-                    self._used[key] = self._used.get(key, 0.0) + amount
-        return over
-
-    def _amount(self, name: str, call: Any) -> float:
-        if name == "requests_per_s":
-            return 1.0
-        tokens_in, tokens_out = float(call["input"]), float(call["output"])
-        if name == "tokens_per_min":
-            return tokens_in + tokens_out
-        p, m = int(call["provider"]), int(call["model"])
-        return float(tokens_in * self._in_usd[p, m] + tokens_out * self._out_usd[p, m])
-
-    def _cap(self, params: dict[str, Any], calls: Records, mask: Mask) -> None:
-        if "max_output_tokens" in params:
-            calls["output"][mask] = np.minimum(calls["output"][mask], int(params["max_output_tokens"]))
-        model = self.estate.model_index.get(str(params.get("model", "")), -1)
-        if model >= 0:
-            possible = mask & self._serves[calls["provider"], model]
-            calls["model"][possible] = model
 
     # -- answers ------------------------------------------------------------------------------------------------
 
@@ -291,19 +161,30 @@ class Gateway:
             calls=calls, u=uniforms(words, 12), error=np.zeros(n, np.int64), code=np.zeros(n, np.int64),
             slower=np.ones(n), latency_s=np.zeros(n), ttft_s=np.zeros(n), output=np.zeros(n, np.int64),
             cached=np.zeros(n, np.int64), cost_usd=np.zeros(n), region=np.zeros(n, np.int64),
-            deployment=np.zeros(n, np.int64), cold=np.ones(n),
+            deployment=np.zeros(n, np.int64), cold=np.ones(n), pressure=np.zeros(n),
             max_retries=self._max_retries[calls["app"]].copy(), backoff_s=np.zeros(n),
         )  # fmt: skip
-        if self._directives:
-            self._obey(a)
-        a.region = self._region(calls)
-        # A tenant's calls stay on one server while it lives, as with prefix-aware balancing.
-        a.deployment = calls["tenant"] // 2 % np.maximum(self._n_deployments[calls["provider"]], 1)
+        self.enforcement.obey(a)
+        a.region = self.enforcement.region(calls)
+        a.deployment = self._deployment(calls)
         a.backoff_s = 0.5 * 2.0 ** calls["attempt"] * (0.75 + 0.5 * a.u[0])
         busy = self._background(a)
         shown = [f.on_answers(self.estate, a) for f in faults]
         self._finish(a, busy)
+        self.enforcement.settle(a)
         return a, shown
+
+    def _deployment(self, calls: Records) -> Ints:
+        """A tenant's calls stay on one server while it lives, as with prefix-aware balancing; from a drained one they go on to the next."""
+        n = np.maximum(self._n_deployments[calls["provider"]], 1)
+        place: Ints = calls["tenant"] // 2 % n
+        for i, provider in enumerate(self.estate.providers):
+            gone = [k for k, name in enumerate(provider.deployments) if name in self.drained]
+            if 0 < len(gone) < len(provider.deployments):
+                left = np.array([k for k in range(len(provider.deployments)) if k not in gone])
+                moved = (calls["provider"] == i) & np.isin(place, gone)
+                place[moved] = left[calls["tenant"][moved] % len(left)]
+        return place
 
     def _modulations(self, calls: Records) -> tuple[Floats, Floats, Floats]:
         """Lognormal factors of mean 1 that stay for a while, which is what makes errors come in bunches.
@@ -344,7 +225,7 @@ class Gateway:
             a.fail(failed, classes)
             own_code = failed & (classes == _OVERLOADED)
             a.code[own_code] = self._overloaded[provider[own_code]]
-        too_long = (calls["input"] > self._context[calls["model"]]) & (a.error != _LOCAL)
+        too_long = (calls["input"] > self._context[calls["model"]]) & (a.error != LOCAL)
         a.error[too_long], a.code[too_long] = _TOO_LONG, CODE_INDEX["context_length_exceeded"]
         return busy
 

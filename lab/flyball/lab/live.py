@@ -118,7 +118,9 @@ class LiveLab:
         if not self.directives or sim.now - self._reported < REPORT_S:
             return ""
         self._reported = sim.now
-        report = sim.gateway.enforced(sim.now)
+        report = sim.enforced()
+        if report is None:
+            return ""
         for name, hits in report.directives.items():
             self.applied[name] = self.applied.get(name, 0) + hits
         try:

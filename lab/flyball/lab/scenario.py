@@ -15,13 +15,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, Protocol, runtime_checkable
 
-from flyball.core.directives import Decision, Directive, DirectiveChange
+from flyball.core.directives import Decision, Directive, DirectiveChange, Operation, OperationReport, Outcome
 from flyball.core.entities import Entity
 from flyball.core.errors import ConfigError, did_you_mean
 from flyball.core.estate import Emissions, Governor
+from flyball.core.events import Batch
 from flyball.core.incident import Incident, IncidentChange
+from flyball.lab.enforcement import MANNERS
 from flyball.lab.estate import Estate, default_estate
 from flyball.lab.faults import (
     OUTAGE_MIX,
@@ -29,8 +31,10 @@ from flyball.lab.faults import (
     AllProvidersDown,
     AnyFault,
     BadKey,
+    BudgetBurn,
     GpuThrottle,
     GpuXid,
+    LookAlike,
     Mix,
     PromptInflation,
     ProviderOutage,
@@ -38,7 +42,9 @@ from flyball.lab.faults import (
     RetryStorm,
     ServingSaturated,
     SlowProvider,
+    TargetCollapse,
 )
+from flyball.lab.hooks import HOOKS, Hooks
 from flyball.lab.sim import START_AT, Simulator
 
 GovernorFactory = Callable[[], Governor]
@@ -94,11 +100,22 @@ class Seen:
     changes: list[tuple[float, IncidentChange]] = field(default_factory=list)
     decisions: list[tuple[float, Decision]] = field(default_factory=list)
     directives: list[tuple[float, DirectiveChange]] = field(default_factory=list)
+    outcomes: list[tuple[float, Outcome]] = field(default_factory=list)
+    operations: list[tuple[float, Operation]] = field(default_factory=list)
 
     def add(self, now: float, said: Emissions) -> None:
         self.changes += ((now, c) for c in said.changes)
         self.decisions += ((now, d) for d in said.decisions)
         self.directives += ((now, d) for d in said.directives)
+        self.outcomes += ((now, o) for o in said.outcomes)
+        self.operations += ((now, o) for o in said.operations)
+
+
+@runtime_checkable
+class Commanded(Protocol):
+    """A governor that takes what people, hooks and the kill switch say; `flyball.app.pipeline.Pipeline` does."""
+
+    def take(self, order: Any) -> Emissions: ...
 
 
 class Lab:
@@ -110,6 +127,8 @@ class Lab:
         estate: what there is; `default_estate()` with `rate` calls a second unless given.
         warmup: quiet traffic before the lab's zero.
         tick_s: how often the governor is ticked and its directives are read back.
+        sim: a simulator that the governor has followed so far, instead of one that begins; the lab's zero is then its now.
+        hear: called with every batch, before the governor gets it.
     """
 
     def __init__(
@@ -122,15 +141,19 @@ class Lab:
         warmup: str | float = "10m",
         tick_s: float = 1.0,
         start_at: float = START_AT,
+        sim: Simulator | None = None,
+        hear: Callable[[Batch], None] | None = None,
     ) -> None:
         self.governor = governor_factory()
-        self.sim = Simulator(estate if estate is not None else default_estate(rate), seed, start_at)
-        self.zero = start_at + seconds(warmup)
+        self.sim = sim or Simulator(estate if estate is not None else default_estate(rate), seed, start_at)
+        self.zero = sim.now if sim is not None else start_at + seconds(warmup)
+        self.hooks = Hooks(self.sim)
         self.tick_s = tick_s
+        self._hear = hear
         self.seen = Seen()
         self.calls_redirected = 0
         self._directives: tuple[Directive, ...] = ()
-        self._reported = start_at
+        self._reported = self.sim.now
 
     # -- what goes wrong ----------------------------------------------------------------------------------------
 
@@ -148,21 +171,57 @@ class Lab:
         """Lab time in seconds; negative during the warm-up."""
         return self.sim.now - self.zero
 
+    def gateway(self, manner: str) -> Lab:
+        """How the gateway takes directives from now on: one of MANNERS. Raises: ConfigError for another word."""
+        if manner not in MANNERS:
+            raise ConfigError(f"no gateway is {manner!r}{did_you_mean(manner, MANNERS)}", where="lab")
+        self.sim.gateway.enforcement.manner = MANNERS[manner]
+        return self
+
+    def hook(self, manner: str) -> Lab:
+        """How remediation hooks go from now on: one of HOOKS. Raises: ConfigError for another word."""
+        if manner not in HOOKS:
+            raise ConfigError(f"no hook {manner!r}{did_you_mean(manner, HOOKS)}", where="lab")
+        self.hooks.manner = manner
+        return self
+
+    def order(self, order: Any) -> Lab:
+        """A person's word to the governor, now. Raises: ConfigError when it takes none."""
+        if not isinstance(self.governor, Commanded):
+            raise ConfigError("this governor takes no orders", where="lab")
+        self._heard(self.sim.now, self.governor.take(order))
+        return self
+
     def run(self, to: str | float) -> Lab:
         """Goes on until lab time `to`: batches in order of arrival, then a tick; directives go back to the gateway."""
         until = self.zero + seconds(to)
         while self.sim.now < until:
             now = min(self.sim.now + self.tick_s, until)
             for batch in self.sim.step(now):
+                if self._hear is not None:
+                    self._hear(batch)
                 arrived = batch.received_at if batch.received_at is not None else now
-                self.seen.add(arrived, self.governor.feed(batch))
-            self.seen.add(now, self.governor.tick(now))
+                self._heard(arrived, self.governor.feed(batch))
+            self._heard(now, self.governor.tick(now))
+            self._hooks_tell(self.hooks.reports(now))
             self._directives = tuple(self.governor.directives())
             self.sim.set_directives(self._directives)
             if self._directives and now - self._reported >= REPORT_S:
                 self._reported = now
-                self.seen.add(now, self.governor.enforced(self.sim.gateway.enforced(now)))
+                report = self.sim.enforced()
+                if report is not None:
+                    self._heard(now, self.governor.enforced(report))
         return self
+
+    def _heard(self, at: float, said: Emissions) -> None:
+        """Keeps what the governor said; its requests go to the hooks, and their answers come back at once."""
+        self.seen.add(at, said)
+        self._hooks_tell([self.hooks.send(op, self.sim.now) for op in said.operations])
+
+    def _hooks_tell(self, reports: Sequence[OperationReport]) -> None:
+        for report in reports:
+            if isinstance(self.governor, Commanded):
+                self._heard(report.at, self.governor.take(report))
 
     # -- what came of it ----------------------------------------------------------------------------------------
 
@@ -211,6 +270,10 @@ class Lab:
     def directive_changes(self) -> list[DirectiveChange]:
         return [d for _, d in self.seen.directives]
 
+    def outcomes(self, runbook: str = "") -> list[Outcome]:
+        """What actions really did, by this runbook if given."""
+        return [o for _, o in self.seen.outcomes if runbook in ("", o.runbook)]
+
     # -- expectations -------------------------------------------------------------------------------------------
 
     def expect(self, by: str | float, wanted: incident) -> Incident:
@@ -255,6 +318,14 @@ class Lab:
             lines.append(
                 f"  directive {said_at - self.zero:.0f}s {x.change} {x.directive.kind} {x.directive.scope} {x.directive.params}"
             )
+        for said_at, o in self.seen.outcomes:
+            lines.append(
+                f"  outcome   {said_at - self.zero:.0f}s {o.runbook} {o.step} {o.result} ({o.reason})"
+            )
+        for said_at, op in self.seen.operations:
+            lines.append(
+                f"  operation {said_at - self.zero:.0f}s {op.hook} {op.verb} {', '.join(op.targets)}"
+            )
         if len(lines) == 1 + len(self.sim.faults):
             lines.append("  the governor said nothing")
         return "\n".join(lines)
@@ -270,6 +341,11 @@ class Moment:
     def provider(self, name: str) -> ProviderSwitch:
         self._known("provider", name, self.lab.sim.estate.provider_index)
         return ProviderSwitch(self.lab, self.time, Entity("provider", name))
+
+    def targets_collapse(self, share: float = 0.5, *, from_share: float = 0.2) -> Lab:
+        """From this moment on, whoever takes over `from_share` of somebody's calls fails `share` of all its own."""
+        self.lab.sim.add_fault(TargetCollapse(self.time, FOREVER, share, from_share))
+        return self.lab
 
     def all_providers(self) -> AllProvidersSwitch:
         return AllProvidersSwitch(self.lab, self.time, Entity("provider", "*"))
@@ -367,6 +443,10 @@ class AllProvidersSwitch(Switch):
 
 
 class TenantSwitch(Switch):
+    def burns(self, times: float = 8.0, *, lasts: str | float | None = None) -> Lab:
+        """It sends `times` its calls."""
+        return self._on(BudgetBurn(self.target.name, times, self.time, self._end(lasts)))
+
     def bad_key(self, *, lasts: str | float | None = None) -> Lab:
         return self._on(BadKey(self.target.name, self.time, self._end(lasts)))
 
@@ -385,6 +465,12 @@ class AgentSwitch(Switch):
         if pattern not in ("repeat", "cycle"):
             raise ConfigError(f"no loop pattern {pattern!r}; known: cycle, repeat", where="lab")
         return self._on(AgentLoop(self.target.name, self.time, self._end(lasts), pattern))
+
+    def goes_on_rightly(self, pattern: str, *, lasts: str | float | None = None) -> Lab:
+        """One run of the agent `pages`, `polls` or `retests`: what only looks like a loop."""
+        if pattern not in ("pages", "polls", "retests"):
+            raise ConfigError(f"no look-alike {pattern!r}; known: pages, polls, retests", where="lab")
+        return self._on(LookAlike(self.target.name, self.time, self._end(lasts), pattern))
 
 
 class AppSwitch(Switch):

@@ -6,6 +6,7 @@ and the directives, not on the size of the steps, as long as directives change o
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from flyball.core.directives import Directive
+from flyball.core.directives import Directive, Enforced
 from flyball.core.errorclass import CLASSES
 from flyball.core.errors import ConfigError
 from flyball.core.events import AgentStep, Batch, Change, Evaluation, Event, LlmCall
@@ -22,7 +23,15 @@ from flyball.core.ids import short_id
 from flyball.lab._draws import Records, generator, mix, mix_int, unit_interval
 from flyball.lab.agents import Agents, Wanted
 from flyball.lab.estate import Estate, Sender
-from flyball.lab.faults import AgentLoop, AnyFault, GpuThrottle, GpuXid, PromptInflation
+from flyball.lab.faults import (
+    AgentLoop,
+    AnyFault,
+    BudgetBurn,
+    GpuThrottle,
+    GpuXid,
+    LookAlike,
+    PromptInflation,
+)
 from flyball.lab.gateway import CODES, Answers, Gateway
 from flyball.lab.gpus import NodeState
 from flyball.lab.traffic import BLOCK_S, CALL, DAY_S, Traffic
@@ -110,7 +119,7 @@ class Simulator:
         estate = self.estate
         if isinstance(fault, GpuXid | GpuThrottle):
             fault = replace(fault, deployment=estate.node_of(fault.gpu).deployment)
-        if isinstance(fault, AgentLoop):
+        if isinstance(fault, AgentLoop | LookAlike):
             if fault.agent not in estate.agent_index:
                 raise ConfigError(f"no agent {fault.agent!r} in the estate", where="lab")
             name = self._agents.begin_loop(fault, max(fault.start, self.now), len(self.faults))
@@ -131,7 +140,7 @@ class Simulator:
         """Takes a fault back from `at` on."""
         fault = replace(self.faults[number], end=at)
         self.faults[number] = fault
-        if isinstance(fault, AgentLoop):
+        if isinstance(fault, AgentLoop | LookAlike):
             self._agents.set_loop(fault.run, fault)
         if isinstance(fault, PromptInflation):
             self._roll_back(fault)
@@ -161,7 +170,15 @@ class Simulator:
 
     def set_directives(self, directives: Iterable[Directive]) -> None:
         """The leases that the gateway obeys from now on."""
-        self.gateway.set_directives(directives)
+        self.gateway.enforcement.tell(directives, self.now)
+
+    def enforced(self) -> Enforced | None:
+        """What the gateway says that it holds and did; None from one that tells nothing."""
+        return self.gateway.enforcement.report(self.now)
+
+    def copy(self) -> Simulator:
+        """The same course of time from here on, as a simulator of its own; the estate is shared."""
+        return copy.deepcopy(self, {id(self.estate): self.estate})
 
     # -- time ---------------------------------------------------------------------------------------------------
 
@@ -227,10 +244,13 @@ class Simulator:
         begin, end = float(calls["start"].min()), float(calls["start"].max())
         live = [(i, f) for i, f in enumerate(self.faults) if f.start <= end and begin < f.end]
         marks: list[tuple[int, Records]] = []
+        for _, fault in live:
+            if isinstance(fault, BudgetBurn):
+                self._pending.append(fault.further(self.estate, calls))
         for i, fault in live:
             if isinstance(fault, PromptInflation):
                 marks.append((i, fault.on_calls(self.estate, calls, self._names)))
-        answering = [(i, f) for i, f in live if not isinstance(f, PromptInflation | AgentLoop)]
+        answering = [(i, f) for i, f in live if not isinstance(f, PromptInflation | AgentLoop | LookAlike)]
         answers, shown = self.gateway.answer(calls, [f for _, f in answering])
         marks += [(i, m) for (i, _), m in zip(answering, shown, strict=True) if m is not None]
         again = self.gateway.retries(answers)
@@ -284,6 +304,9 @@ class Simulator:
         room = MAX_EVIDENCE - len(shown.first)
         if room > 0 and len(at):
             shown.first += zip(at[:room].tolist(), tenants[:room].tolist(), strict=True)
+        elif len(at) and float(at[-1]) >= shown.first[-1][0] + 10.0:
+            # Some evidence must last: of what comes later, one in ten seconds will do.
+            shown.first.append((float(at[-1]), int(tenants[-1])))
 
     # -- changes and scrapes ------------------------------------------------------------------------------------
 

@@ -42,11 +42,12 @@ CALL: Final = np.dtype(
         ("stream", "?"),
         ("burst", "?"),
         ("tools", "?"),
+        ("extra", "?"),
     ]
 )
 """One logical call, or one further attempt of it. `uid` names the call, `unit` what a share is drawn on (the run, else
 the call), `prefix` how many of the input tokens could come from a cache; `agent` and `run` are -1 outside agent runs;
-`prompt` is -1 until the simulator knows which version is live."""
+`prompt` is -1 until the simulator knows which version is live; `extra` marks calls that only a fault makes."""
 
 
 class Traffic:
