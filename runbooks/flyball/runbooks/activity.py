@@ -22,6 +22,7 @@ class RunActivity:
 
     >>> runs = RunActivity(600.0)
     >>> runs.observe([AgentStep(at=10.0, run="r"), AgentStep(at=11.0, run="r", error="gateway_local")])
+    11.0
     >>> runs.count({"run": "r"}, 0.0, refused=True), runs.count({"run": "r"}, 0.0, refused=False)
     (2, 1)
     """
@@ -31,7 +32,8 @@ class RunActivity:
         self._runs: dict[str, tuple[list[float], list[float]]] = {}
         self._newest = 0.0
 
-    def observe(self, events: Sequence[Event]) -> None:
+    def observe(self, events: Sequence[Event], now: float | None = None) -> float:
+        """Returns: time of the newest step so far; 0.0 before the first."""
         runs = self._runs
         for e in events:
             if not isinstance(e, LlmCall | AgentStep) or not e.run:
@@ -39,13 +41,15 @@ class RunActivity:
             known = runs.pop(e.run, None) or ([], [])
             runs[e.run] = known  # last in the dict is latest seen
             times = known[1] if e.error in NOT_ATTEMPTS else known[0]
-            times.append(e.at)
+            at = e.at if now is None else min(e.at, now)
+            times.append(at)
             if len(times) > NEWEST:
                 # Steps may come out of order: what goes is the oldest, not the one that came first.
                 times.remove(min(times))
-            self._newest = max(self._newest, e.at)
+            self._newest = max(self._newest, at)
         if len(runs) > MAX_RUNS + _TIDY_EVERY:
             self._tidy()
+        return self._newest
 
     def _tidy(self) -> None:
         oldest = self._newest - self._keep_s
@@ -75,22 +79,25 @@ class GpuInventory:
         self._seen: dict[tuple[str, str], tuple[float, str]] = {}
         self._newest = 0.0
 
-    def observe(self, events: Sequence[Event]) -> None:
+    def observe(self, events: Sequence[Event], now: float | None = None) -> float:
+        """Returns: time of the newest sample so far; 0.0 before the first."""
         for e in events:
             if isinstance(e, GpuSample) and e.gpu:
                 key = (e.node, e.gpu)
                 last, deployment = self._seen.pop(key, (0.0, ""))
-                self._seen[key] = (max(last, e.at), e.deployment or deployment)
-                self._newest = max(self._newest, e.at)
+                at = e.at if now is None else min(e.at, now)
+                self._seen[key] = (max(last, at), e.deployment or deployment)
+                self._newest = max(self._newest, at)
         if len(self._seen) > MAX_GPUS:
             oldest = self._newest - self._keep_s
             kept = [(key, seen) for key, seen in self._seen.items() if seen[0] > oldest]
             self._seen = dict(kept[-MAX_GPUS:])
+        return self._newest
 
     def reporting(self, scope: Mapping[str, str], span_s: float, now: float) -> list[str]:
         """`node/gpu` of those in scope that reported within the span, sorted; `gpu` in the scope may be written either way.
 
-        The span ends at the newest window; before the first, at the newest sample.
+        Before the estate has any time of its own, the span ends at the newest sample.
         """
         if any(label not in ("node", "gpu", "deployment") for label in scope):
             return []

@@ -71,7 +71,7 @@ def measure(
     """
     shares, gpu_only, gpus = _targets(frozen)
     total = float(estate.calls({}, span_s))
-    touched, usd, tokens = 0.0, 0.0, 0.0
+    touched = 0.0
     costs: list[float | None] = []
     used: list[float | None] = []
     tenants: dict[str, None] = {}
@@ -79,8 +79,8 @@ def measure(
     for key, share in shares.items():
         scope = dict(key)
         bound = _bound(scope, around)
-        if key in gpu_only and not bound:
-            continue
+        if key in gpu_only and not (bound and share):
+            continue  # no call is touched; its GPUs are counted instead
         touched += _calls(scope, bound, estate, span_s) * share
         cost, tokens_now = estate.usd_per_hour(bound, span_s), estate.tokens_per_min(bound, span_s)
         costs.append(None if cost is None else cost * share)
@@ -161,12 +161,12 @@ def judge(limit: Blast, seen: Measured) -> Judged:
             return Judged(False, "unknown: more tenants than are told apart")
         if seen.tenants > limit.tenants:
             return Judged(False, f"{seen.tenants} tenants; the limit is {limit.tenants}")
-    if limit.usd_per_hour is not None:
+    if limit.usd_per_hour is not None and seen.traffic is not None:
         if seen.usd_per_hour is None:
             return Judged(False, "unknown: no call told what the touched traffic costs")
         if seen.usd_per_hour > limit.usd_per_hour:
             return Judged(False, f"${seen.usd_per_hour:.0f}/h; the limit is ${limit.usd_per_hour:.0f}/h")
-    if limit.tokens_per_min is not None:
+    if limit.tokens_per_min is not None and seen.traffic is not None:
         if seen.tokens_per_min is None:
             return Judged(False, "unknown: no call told the tokens of the touched traffic")
         if seen.tokens_per_min > limit.tokens_per_min:

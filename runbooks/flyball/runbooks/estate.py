@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 KEEP_S: Final = 600.0
+OBSERVED_LAG_S: Final = 30.0
+"""Longer than a window of 10 s and the 15 s that it waits for slow senders."""
+_STEP_S: Final = 10.0
 _BAD: Final = sorted(CLASS_INDEX[c] for c in PROVIDER_HEALTH)
 _NOT_TRIED: Final = sorted(CLASS_INDEX[c] for c in NOT_ATTEMPTS)
 _POSITION: Final = {name: i for i, name in enumerate(BASE_LABELS)}
@@ -57,6 +61,7 @@ class LiveEstate:
     def __init__(self, keep_s: float = KEEP_S) -> None:
         self._keep_s = keep_s
         self._now = 0.0
+        self._lag_s = OBSERVED_LAG_S
         self._spans: list[_Span] = []
         self._runs = RunActivity(keep_s)
         self._gpus = GpuInventory(keep_s)
@@ -78,14 +83,28 @@ class LiveEstate:
             if len(window.cells):
                 self._spans.append(_Span(window.start, window.end, self._columns_of(window)))
             self._now = max(self._now, window.end)
-        self._spans = [s for s in self._spans if s.end > self._now - self._keep_s]
-        self._sum_cache.clear()
+            self._lag_s = max(OBSERVED_LAG_S, 15.0 + 1.5 * (window.end - window.start))
+        self._drop_old()
         self._forget_unused()
 
-    def observe(self, events: Sequence[Event]) -> None:
-        """Takes what windows do not tell: steps and calls of agent runs, and samples of GPUs."""
-        self._runs.observe(events)
-        self._gpus.observe(events)
+    def observe(self, events: Sequence[Event], now: float | None = None) -> None:
+        """Takes what windows do not tell: steps and calls of agent runs, and samples of GPUs.
+
+        Where nothing else is watched, no window closes: then these tell that telemetry is alive, `OBSERVED_LAG_S` behind them (more
+        where windows are longer), so that they never run ahead of windows which are still open.
+
+        Args:
+            now: when they arrived; a time beyond it is a clock that is off. None in a replay.
+        """
+        newest = max(self._runs.observe(events, now), self._gpus.observe(events, now))
+        alive = math.floor((newest - self._lag_s) / _STEP_S) * _STEP_S
+        if alive > self._now:
+            self._now = alive
+            self._drop_old()
+
+    def _drop_old(self) -> None:
+        self._spans = [s for s in self._spans if s.end > self._now - self._keep_s]
+        self._sum_cache.clear()
 
     def _columns_of(self, window: Window) -> dict[str, NDArray[Any]]:
         rows = window.cells
@@ -260,6 +279,7 @@ class LiveEstate:
         spans = [(s.start, s.end, [s.columns[name].tobytes() for name in _COLUMNS]) for s in self._spans]
         state = {
             "now": self._now,
+            "lag_s": self._lag_s,
             "cells": list(self._cells),
             "spans": spans,
             "runs": self._runs.state(),
@@ -271,6 +291,7 @@ class LiveEstate:
         """Raises: SnapshotError when the bytes are of another stage or version."""
         saved = unpack_state(state, "estate", 2)
         self._now = float(saved["now"])
+        self._lag_s = float(saved["lag_s"])
         self._load_cells([tuple(key) for key in saved["cells"]])
         self._spans = []
         for start, end, columns in saved["spans"]:
