@@ -99,7 +99,7 @@ MISTAKES = [
     ("redirect:", "redirct:", "f.yaml:13:5: RB109", "'redirect'"),
     ("  - redirect: {from: $incident.root, to: best_healthy, share: [10%, 25%, 50%, 100%], for: 1h}\n    verify", "  - verify", "f.yaml:13:5: RB112", "one action"),
     ("to: best_healthy", "to: '{{ x }}'", "f.yaml:13:42: RB114", "template"),
-    ("to: best_healthy", "to: $incident.tenant", "f.yaml:13:42: RB108", "unknown reference"),
+    ("to: best_healthy", "to: $incident.tenant", "f.yaml:13:42: RB113", "'$incident.root'"),
     ("to: best_healthy", "to: $params.spar", "f.yaml:13:42: RB113", "'spare'"),
     ("to: best_healthy", "to: ''", "f.yaml:13:42: RB108", "never read as all"),
     ("to: best_healthy", "too: best_healthy", "f.yaml:13:38: RB101", "'to'"),

@@ -22,3 +22,11 @@ def events_schema() -> dict[str, Any]:
         },
         "$defs": components,
     }
+
+
+def runbook_schema() -> dict[str, Any]:
+    """One runbook, with every action that is installed."""
+    from flyball.remediation.actions import registry
+    from flyball.runbooks.jsonschema import runbook_schema as schema_of
+
+    return schema_of(registry())

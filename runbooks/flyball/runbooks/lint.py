@@ -12,7 +12,7 @@ from typing import Final
 
 from flyball.core.errors import ConfigError
 from flyball.core.plans import Actions
-from flyball.runbooks.loader import Runbook, check_document, read_texts
+from flyball.runbooks.loader import Runbook, check_document, place_of, read_texts
 from flyball.runbooks.yaml_nodes import Document, parse
 
 _SHOWS_RESTRAINT: Final = ("refuse", "hold", "nothing")
@@ -64,4 +64,4 @@ def unfinished(runbook: Runbook, document: Document) -> list[ConfigError]:
         if not re.search(rf"\bparams\.{name}\b", runbook.text):
             what = f"nothing uses params.{name}; use it, or leave it out"
             errors.append(document.error("RB118", what, *document.place(("params", name), key=True)))
-    return errors
+    return sorted(errors, key=place_of)

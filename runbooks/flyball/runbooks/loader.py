@@ -36,7 +36,7 @@ from flyball.runbooks.schema import (
     StepModel,
     VerifyModel,
 )
-from flyball.runbooks.yaml_nodes import MAX_BYTES, Document, parse
+from flyball.runbooks.yaml_nodes import MAX_BYTES, Document, Node, parse
 
 Location = tuple[int | str, ...]
 _STEP_FIELDS: Final = frozenset(StepModel.model_fields)
@@ -129,8 +129,15 @@ def check_runbook(
 def check_document(
     document: Document, actions: Actions, source: Literal["packaged", "directory"] = "directory"
 ) -> tuple[Runbook | None, list[ConfigError]]:
-    """As `check_runbook`, for one that is parsed already."""
-    return _Check(document, actions, source).run()
+    """As `check_runbook`, for one that is parsed already; errors from top to bottom."""
+    runbook, errors = _Check(document, actions, source).run()
+    return runbook, sorted(errors, key=place_of)
+
+
+def place_of(error: ConfigError) -> tuple[int, int]:
+    """Line and column of an error of a runbook."""
+    _, line, column = error.where.rsplit(":", 2)
+    return int(line), int(column)
 
 
 class _Check:
@@ -151,6 +158,7 @@ class _Check:
             self._say("RB108", "a runbook is a mapping; it begins with `runbook: v1`", ())
             return None, self._errors
         raw = root.plain()
+        self._refuse_empty(root, ())
         calls = self._split_steps(raw)
         model = self._validate(RunbookModel, raw, ())
         if not isinstance(model, RunbookModel):
@@ -181,6 +189,20 @@ class _Check:
             ),
             [],
         )
+
+    def _refuse_empty(self, node: Node, location: Location) -> None:
+        """A key without a value says nothing: `tenants:` must not be read as no limit. An action may stand without parameters."""
+        if isinstance(node.value, dict):
+            for name, inner in node.value.items():
+                self._refuse_empty(inner, (*location, name))
+        elif isinstance(node.value, list):
+            for i, inner in enumerate(node.value):
+                self._refuse_empty(inner, (*location, i))
+        elif node.value is None:
+            bare = len(location) == 3 and location[0] == "steps" and location[2] in self._actions.kinds()
+            if not bare:
+                label = ".".join(p for p in location if isinstance(p, str)) or "it"
+                self._say("RB108", f"{label} is empty; write a value, or leave it out", location)
 
     def _check_params(self, params: Mapping[str, Any]) -> None:
         for name, value in params.items():
@@ -324,14 +346,13 @@ class _Check:
             # As JSON, so that a strict model takes a list for a tuple, but not `"3"` for a number nor `true` for 1.
             return model.model_validate_json(json.dumps(raw))
         except ValidationError as e:
-            seen: set[tuple[str, Location]] = set()
             for detail in e.errors(include_url=False, include_context=False):
-                self._model_error(model, base, detail["loc"], detail["type"], detail["msg"], seen)
+                self._model_error(model, base, detail["loc"], detail["type"], detail["msg"])
             return None
 
     def _model_error(
-        self, model: type[BaseModel], base: Location, loc: Location, kind: str, message: str, seen: set[tuple[str, Location]]
-    ) -> None:  # fmt: skip
+        self, model: type[BaseModel], base: Location, loc: Location, kind: str, message: str
+    ) -> None:
         location = (*base, *loc)
         name = str(loc[-1]) if loc else ""
         if kind == "extra_forbidden":
@@ -343,13 +364,15 @@ class _Check:
         elif kind == "missing":
             self._say("RB102", f"{name!r} is missing", location[:-1])
         else:
-            place = self._doc.place(location)
-            if (str(place), location[:1]) in seen:  # each member of a union reports its own
+            line, column = self._doc.place(location)
+            # Each member of a union reports its own; what is empty is said already.
+            if any(e.where == f"{self._doc.path}:{line}:{column}" for e in self._errors):
                 return
-            seen.add((str(place), location[:1]))
             said = message.removeprefix("Value error, ")
             label = ".".join(str(p) for p in location if isinstance(p, str)) or "runbook"
-            self._errors.append(self._doc.error("RB108", f"{label}: {said[:1].lower()}{said[1:]}", *place))
+            self._errors.append(
+                self._doc.error("RB108", f"{label}: {said[:1].lower()}{said[1:]}", line, column)
+            )
 
     def _cross_check(self, model: RunbookModel, steps: Sequence[RunbookStep | None]) -> None:
         if model.hold >= model.max_age:
@@ -506,5 +529,5 @@ def _files(path: Path) -> list[Path]:
 
 __all__ = [
     "Runbook", "RunbookErrors", "RunbookSet", "RunbookStep", "check_document", "check_runbook", "library", "load_runbooks",
-    "load_texts", "read_texts",
+    "load_texts", "place_of", "read_texts",
 ]  # fmt: skip

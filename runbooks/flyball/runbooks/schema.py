@@ -12,7 +12,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from flyball.core.plans import DurationS, Mode, Share, format_duration
 
-_NAME: Final = r"^[a-z][a-z0-9]*(-[a-z0-9]+)*$"
+NAME_PATTERN: Final = r"^[a-z][a-z0-9]*(-[a-z0-9]+)*$"
+MAX_NAME: Final = 64
 _ID: Final = r"^[a-z][a-z0-9_]*$"
 RATE_PATTERN: Final = r"^[1-9][0-9]{0,3}/([0-9]+(\.[0-9]+)?(ms|s|m|h|d))+$"
 _RATE: Final = re.compile(r"([1-9]\d{0,3})/(\S+)", re.ASCII)
@@ -183,6 +184,13 @@ class StepModel(_Strict):
     )
 
 
+OUTCOMES: Final = (
+    "nothing", "run", "suggest", "hold", "refuse", "granted", "in_force", "verified", "unverified", "failed", "undone",
+    "released", "expired", "cancelled", "waiting", "ambiguous", "not_accepted",
+)  # fmt: skip
+EXPECTATION: Final = re.compile(rf"({'|'.join(OUTCOMES)})|(hold|refuse)\([a-z_]+\)")
+
+
 class Rehearsal(_Strict):
     """One test of a runbook: a fault in the lab, and what must come of it."""
 
@@ -190,7 +198,7 @@ class Rehearsal(_Strict):
     lab: Annotated[str, Field(json_schema_extra={"pattern": _LAB})] = Field(
         description='a fault of the lab, e.g. `outage(provider="b", fails=0.6)`'
     )
-    expect: list[str] = Field(
+    expect: list[Annotated[str, Field(json_schema_extra={"pattern": f"^({EXPECTATION.pattern})$"})]] = Field(
         min_length=1,
         max_length=50,
         description="words of what must come, e.g. `[run, verified, released]` or `[refuse(no_candidate)]`",
@@ -216,13 +224,6 @@ class Rehearsal(_Strict):
         return value
 
 
-OUTCOMES: Final = (
-    "nothing", "run", "suggest", "hold", "refuse", "granted", "in_force", "verified", "unverified", "failed", "undone",
-    "released", "expired", "cancelled", "waiting", "ambiguous", "not_accepted",
-)  # fmt: skip
-EXPECTATION: Final = re.compile(rf"(?:{'|'.join(OUTCOMES)})|(?:hold|refuse)\([a-z_]+\)")
-
-
 def _constant(value: Any) -> Any:
     if isinstance(value, str | int | float | bool):
         return value
@@ -233,7 +234,7 @@ class RunbookModel(_Strict):
     """A runbook as written; see the fields' descriptions."""
 
     runbook: Literal["v1"] = Field(description="version of this format: `v1`")
-    name: Annotated[str, Field(pattern=_NAME, max_length=64)] = Field(
+    name: Annotated[str, Field(pattern=NAME_PATTERN, max_length=MAX_NAME)] = Field(
         description="name, each once; lower case words joined by `-`; a runbook named like a shipped one replaces it"
     )
     owner: Annotated[str, Field(min_length=1, max_length=128, description="who is asked about it")]
