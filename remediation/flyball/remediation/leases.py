@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -10,16 +11,25 @@ from flyball.core.directives import Directive, DirectiveChange
 from flyball.core.ids import short_id
 from flyball.core.plans import Plan, PlanStep
 
+Exempt = tuple[dict[str, str], ...]
+
 
 class Leases(msgspec.Struct):
     """Live directives by id. Every change raises the epoch, so that an enforcement point never goes back to an older one."""
 
     live: dict[str, Directive] = {}
 
-    def grant(self, plan: Plan, step: PlanStep, now: float, reason: str) -> DirectiveChange:
-        """The first stage of a step. The id depends on plan and step only: granting twice is granting once."""
+    def grant(
+        self, plan: Plan, step: PlanStep, now: float, reason: str, exempt: Exempt = ()
+    ) -> DirectiveChange:
+        """The first stage of a step. The id depends on plan and step only: granting twice is granting once.
+
+        Raises: ValueError for an operation, which is no lease, and for an empty scope, which is never "all".
+        """
         if step.kind == "operation":
             raise ValueError(f"step {step.id} is an operation of a hook, which is no lease")
+        if not step.scope or not all(step.scope.values()):
+            raise ValueError(f"step {step.id} selects nothing; an empty scope is never all")
         directive = Directive(
             id=directive_id(plan, step),
             kind=step.kind,
@@ -30,6 +40,7 @@ class Leases(msgspec.Struct):
             incident=plan.incident,
             runbook=plan.runbook,
             step=step.id,
+            exempt=exempt,
         )
         self.live[directive.id] = directive
         return DirectiveChange(directive=directive, at=now, change="granted", reason=reason)
@@ -40,14 +51,16 @@ class Leases(msgspec.Struct):
         now: float,
         expires_at: float,
         reason: str,
-        params: dict[str, Any] | None = None,
+        params: Mapping[str, Any] | None = None,
+        exempt: Exempt | None = None,
     ) -> DirectiveChange:
-        """Another expiry, or another stage, of a live lease. Never an earlier expiry."""
+        """Another expiry, another stage, or other exemptions, of a live lease. Never an earlier expiry."""
         old = self.live[directive_id]
         directive = msgspec.structs.replace(
             old,
             expires_at=max(old.expires_at, expires_at),
             params=dict(params) if params is not None else old.params,
+            exempt=exempt if exempt is not None else old.exempt,
             epoch=old.epoch + 1,
         )
         self.live[directive_id] = directive
@@ -66,7 +79,13 @@ class Leases(msgspec.Struct):
         for directive in over:
             del self.live[directive.id]
         return [
-            DirectiveChange(directive=d, at=d.expires_at, change="expired", reason="time_up") for d in over
+            DirectiveChange(
+                directive=msgspec.structs.replace(d, epoch=d.epoch + 1),
+                at=d.expires_at,
+                change="expired",
+                reason="time_up",
+            )
+            for d in over
         ]
 
 
