@@ -92,7 +92,7 @@ def check_meaning(root: Expr, params: Mapping[str, Any]) -> None:
 def _check_part(part: Expr) -> None:
     if part.kind == "select" and part.args[0].name == "incident.scope":
         # Of `has(incident.scope.x)` CEL tells the place of `has`; the name before it is told at its last dot.
-        _check_word(part.name, "label", SCOPE_LABELS, part.args[0].offset + len(".scope."))
+        _check_word(part.name, "label", SCOPE_LABELS, part.args[0], len(".scope."))
     if part.kind != "call":
         return
     if part.name == "_[_]" and part.args[0].name == "incident.scope":
@@ -111,14 +111,15 @@ def _check_part(part: Expr) -> None:
                 _check_constant(right, *_WORDS[left.name])
 
 
-def _check_word(word: str, what: str, known: tuple[str, ...], offset: int) -> None:
+def _check_word(word: str, what: str, known: tuple[str, ...], at: Expr, shift: int = 1) -> None:
     if word not in known:
-        raise ConditionError("RB107", f"unknown {what} {word[:60]!r}{did_you_mean(word, known)}", offset)
+        hint = did_you_mean(word, known)
+        raise ConditionError("RB107", f"unknown {what} {word[:60]!r}{hint}", at.offset + shift)
 
 
 def _check_constant(part: Expr, what: str, known: tuple[str, ...]) -> None:
     if part.kind == "constant" and isinstance(part.value, str):
-        _check_word(part.value, what, known, part.offset + 1)
+        _check_word(part.value, what, known, part)
 
 
 def _check_membership(item: Expr, container: Expr) -> None:
@@ -214,8 +215,8 @@ def _check_conjunction(root: Expr, params: Mapping[str, Any], errors_only: bool)
 
     errors_only: whether all this stands beside `incident.signal == "llm.errors"`, where `klass` is an error class.
     """
-    parts = _flat(root, "_&&_")
-    comparisons = [c for part in parts if (c := _comparison(part, params)) is not None]
+    conditions = _flat(root, "_&&_")
+    comparisons = [c for part in conditions if (c := _comparison(part, params)) is not None]
     errors_only = errors_only or any(
         c.subject == "incident.signal" and c.op in ("_==_", "@in") and set(c.values) == {"llm.errors"}
         for c in comparisons
@@ -223,11 +224,11 @@ def _check_conjunction(root: Expr, params: Mapping[str, Any], errors_only: bool)
     known: dict[str, _Bounds] = {}
     for c in comparisons:
         if errors_only and c.subject == "incident.klass":
-            for word, offset in zip(c.values, c.offsets, strict=True):
-                _check_word(str(word), "error class", CLASSES, offset + 1)
+            for word, part in zip(c.values, c.parts, strict=True):
+                _check_word(str(word), "error class", CLASSES, part)
         _narrow(known, c)
-    for part in parts:
-        for branch in _flat(part, "_||_") if part.name == "_||_" else ():
+    for condition in conditions:
+        for branch in _flat(condition, "_||_") if condition.name == "_||_" else ():
             _check_conjunction(branch, params, errors_only)
 
 
@@ -237,7 +238,7 @@ class _Comparison:
     range: tuple[float, float]
     op: str
     values: tuple[Any, ...]
-    offsets: tuple[int, ...]
+    parts: tuple[Expr, ...]
 
 
 def _narrow(known: dict[str, _Bounds], c: _Comparison) -> None:
@@ -254,7 +255,7 @@ def _narrow(known: dict[str, _Bounds], c: _Comparison) -> None:
         return
     if not possible:
         what = f"never true together with what is said of {c.subject} before; join alternatives by ||"
-        raise ConditionError("RB115", what, c.offsets[0])
+        raise ConditionError("RB115", what, c.parts[0].offset)
 
 
 def _check_range(c: _Comparison, number: float) -> None:
@@ -271,7 +272,7 @@ def _check_range(c: _Comparison, number: float) -> None:
         )
     else:
         return
-    raise ConditionError("RB107", what, c.offsets[0])
+    raise ConditionError("RB107", what, c.parts[0].offset)
 
 
 def _flat(root: Expr, operator: str) -> list[Expr]:
@@ -288,15 +289,14 @@ def _comparison(part: Expr, params: Mapping[str, Any]) -> _Comparison | None:
     if part.name == "@in" and right.kind == "list":
         values = [_value(v, params) for v in right.args]
         if _subject(left) and all(v is not None for v in values):
-            offsets = tuple(v.offset for v in right.args)
-            return _Comparison(left.text(), _range_of(left), "@in", tuple(values), offsets)
+            return _Comparison(left.text(), _range_of(left), "@in", tuple(values), right.args)
         return None
     if part.name not in _MIRROR:
         return None
     for subject, other, op in ((left, right, part.name), (right, left, _MIRROR[part.name])):
         value = _value(other, params)
         if value is not None and _subject(subject):
-            return _Comparison(subject.text(), _range_of(subject), op, (value,), (other.offset,))
+            return _Comparison(subject.text(), _range_of(subject), op, (value,), (other,))
     return None
 
 
