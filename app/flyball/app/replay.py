@@ -149,6 +149,12 @@ class Replay:
         self._now = 0.0
 
     def run(self, source: Source) -> Iterator[dict[str, Any]]:
+        for said in self.emissions(source):
+            yield from self._said(said)
+        yield self._summary(source)
+
+    def emissions(self, source: Source) -> Iterator[Emissions]:
+        """What the pipeline says, record by record."""
         held: list[Event] = []
         for event in source:
             if held and (len(held) >= _SLICE_EVENTS or int(event.at) > int(held[0].at)):
@@ -157,25 +163,24 @@ class Replay:
             held.append(event)
         if held:
             yield from self._feed(held)
-        yield from self._said(self._pipeline.flush())
+        yield self._pipeline.flush()
         if self._last:
             # Let holds, verifications and leases that follow from the last window run out, as they would have.
             for later in range(1, 121):
-                yield from self._said(self._pipeline.tick(self._last + later))
-        yield self._summary(source)
+                yield self._pipeline.tick(self._last + later)
 
-    def _feed(self, events: list[Event]) -> Iterator[dict[str, Any]]:
+    def _feed(self, events: list[Event]) -> Iterator[Emissions]:
         at = events[0].at
         if self._first is None:
             self._first = self._now = at
         # Ticks second by second, as the live runtime has them; a long gap needs no more than its first minutes.
         second = float(int(self._now) + 1)
         while second <= at and second <= self._now + 600:
-            yield from self._said(self._pipeline.tick(second))
+            yield self._pipeline.tick(second)
             second += 1.0
         self._now = max(self._now, at)
         self._last = max(self._last, events[-1].at)
-        yield from self._said(self._pipeline.feed(Batch(events=events, sender="replay")))
+        yield self._pipeline.feed(Batch(events=events, sender="replay"))
 
     def _said(self, out: Emissions) -> Iterator[dict[str, Any]]:
         lines: list[tuple[float, int, dict[str, Any]]] = []
