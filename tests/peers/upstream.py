@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
+from flyball.core.directives import Directive
+from flyball.core.events import LlmCall
+from flyball.streams.formats.litellm import LiteLlm
 from tests.processes import free_port
 
 FAILURES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -26,18 +31,30 @@ FAILURES: dict[str, tuple[int, dict[str, Any]]] = {
 """Last part of the model's name → status and error."""
 
 
+class Asked(NamedTuple):
+    """One request as it arrived: under which first part of the path, for which model, with which limit of output."""
+
+    place: str
+    model: str
+    max_tokens: int | None
+
+
 class Upstream:
-    """Counts what it answered; `app` is the ASGI application."""
+    """Counts what it answered; `app` is the ASGI application, which answers at `/v1` and at any other first part of the path."""
 
     def __init__(self) -> None:
         self.answered: Counter[str] = Counter()
+        self.asked: list[Asked] = []
         self.app = FastAPI()
 
-        @self.app.post("/v1/chat/completions")
-        async def chat(request: Request) -> JSONResponse:
+        @self.app.post("/{place}/chat/completions")
+        async def chat(place: str, request: Request) -> JSONResponse:
             body = await request.json()
             model = str(body["model"])
             self.answered[model] += 1
+            self.asked.append(
+                Asked(place, model, body.get("max_tokens") or body.get("max_completion_tokens"))
+            )
             for name, (status, error) in FAILURES.items():
                 if model.endswith(name):
                     return JSONResponse({"error": error}, status_code=status)
@@ -48,6 +65,51 @@ class Upstream:
                     "usage": {"prompt_tokens": 120, "completion_tokens": 34, "total_tokens": 154, "prompt_tokens_details": {"cached_tokens": 64}},
                 }
             )  # fmt: skip
+
+
+class Governor:
+    """Stands in for Flyball: a set of directives that tests change, with ETag and long poll; reports on it; calls read as Flyball
+    reads them."""
+
+    def __init__(self) -> None:
+        self.held: list[dict[str, Any]] = []
+        self.version = 0
+        self.reports: list[dict[str, Any]] = []
+        self.calls: list[LlmCall] = []
+        self._format = LiteLlm()
+        self.app = FastAPI()
+
+        @self.app.get("/v1/directives")
+        async def directives(request: Request, wait: float = 0.0) -> Response:
+            end = time.monotonic() + wait
+            while request.headers.get("if-none-match") == f'"{self.version}"':
+                if time.monotonic() >= end:
+                    return Response(status_code=304)
+                await asyncio.sleep(0.02)
+            return JSONResponse(self.held, headers={"ETag": f'"{self.version}"'})
+
+        @self.app.post("/v1/enforced")
+        async def enforced(request: Request) -> Response:
+            self.reports.append(await request.json())
+            return Response(status_code=202)
+
+        @self.app.post("/ingest/litellm")
+        async def ingest(request: Request) -> Response:
+            self.calls += [
+                e for e in self._format.decode(await request.body()).events if isinstance(e, LlmCall)
+            ]
+            return Response(status_code=202)
+
+    def hold(self, *directives: Directive) -> None:
+        self.held = [msgspec.to_builtins(d) for d in directives]
+        self.version += 1
+
+    def is_held(self, *identities: str) -> bool:
+        """Whether the newest report says that exactly these are in force."""
+        return bool(self.reports) and sorted(self.reports[-1]["directives"]) == sorted(identities)
+
+    def counted(self, identity: str) -> int:
+        return sum(int(r["directives"].get(identity, 0)) for r in list(self.reports))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Any, Final, Literal, Protocol, TypeGuard
 import httpx
 
 from flyball.remediation.points.buckets import Buckets
-from flyball.remediation.points.matching import Effect, Index, Reachable, apply
+from flyball.remediation.points.matching import KINDS, Effect, Index, Reachable, apply
 
 Polled = Literal["changed", "unchanged", "unreachable"]
 REPORT_EVERY_S: Final = 1.5
@@ -250,15 +250,29 @@ class PointClient:
             labels: of the call, as base labels. key: what shares are chosen by: session or run, else the call's own id.
             reachable: whether the gateway can send a call to where labels say; what it cannot do is not counted as done.
         """
+        effect = self.decide(labels, key, reachable)
+        if effect.applied:
+            self.count(effect.applied)
+        return effect
+
+    def decide(
+        self,
+        labels: Mapping[str, str],
+        key: str,
+        reachable: Reachable | None = None,
+        kinds: Container[str] = KINDS,
+    ) -> Effect:
+        """As `apply`, without counting it for the report."""
         held = self._current()
         if not held.leases:
             return Effect(labels)
-        effect = apply(held.index, labels, key, gate=self._buckets, reachable=reachable)
-        if effect.applied:
-            with self._lock:
-                for directive in effect.applied:
-                    self._applied[directive] = self._applied.get(directive, 0) + 1
-        return effect
+        return apply(held.index, labels, key, gate=self._buckets, reachable=reachable, kinds=kinds)
+
+    def count(self, directives: Iterable[str]) -> None:
+        """Counts one call for each of these directives in the next report."""
+        with self._lock:
+            for directive in directives:
+                self._applied[directive] = self._applied.get(directive, 0) + 1
 
     def charge(self, effect: Effect, *, tokens: float | None = None, usd: float | None = None) -> None:
         """What a call that was let through has cost; to be told for failed ones too (0), and only where `effect.charges`."""
@@ -330,7 +344,9 @@ class PointClient:
     def _write_kept(self, leases: tuple[Lease, ...]) -> None:
         if self._keep is None:
             return
-        beside = self._keep.with_name(self._keep.name + ".new")
+        beside = self._keep.with_name(
+            f"{self._keep.name}.{os.getpid()}.new"
+        )  # several processes may share the file
         kept = [{name: getattr(lease, name) for name in _KEPT} for lease in leases]
         try:
             beside.write_text(json.dumps(kept), "utf-8")

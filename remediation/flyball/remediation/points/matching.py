@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+KINDS: Final = frozenset({"block", "limit", "redirect", "cap"})
 LIMITS: Final = ("requests_per_min", "tokens_per_min", "usd_per_hour")
 """Params of a limit, in the order in which they are judged."""
 BLOCKED, LIMITED = 403, 429
@@ -146,6 +147,7 @@ def apply(
     *,
     gate: Gate | None = None,
     reachable: Reachable | None = None,
+    kinds: Container[str] = KINDS,
 ) -> Effect:
     """What the live directives make of one call.
 
@@ -157,13 +159,12 @@ def apply(
         labels: of the call, as base labels: `{"provider": "b", "model": …, "app": …}`.
         key: what shares are chosen by: the session or run where there is one, else the call's own id.
         gate: counts for limits; without one no limit is enforced.
+        kinds: of directives that are looked at; for a gateway that decides in several places.
     """
     index = directives if isinstance(directives, Index) else Index(directives)
     if not index.directives:
         return Effect(labels)
-    found = [
-        d for d in index.matching(labels) if (now is None or d.expires_at > now) and not _exempt(d, labels)
-    ]
+    found = _selected(index, labels, labels, now, kinds)
     limits = []
     for d in found:
         if d.kind == "block":
@@ -177,13 +178,24 @@ def apply(
     effect = Effect(labels, charges=tuple(d.id for d in limits if _is_charged(d.params)))
     _redirect(effect, found, key, reachable)
     if effect.redirected:
-        found = [
-            d
-            for d in index.matching(effect.labels)
-            if (now is None or d.expires_at > now) and not _exempt(d, labels)
-        ]
+        found = _selected(index, effect.labels, labels, now, kinds)
     _cap(effect, [d for d in found if d.kind == "cap"], reachable)
     return effect
+
+
+def _selected(
+    index: Index,
+    labels: Mapping[str, str],
+    asked: Mapping[str, str],
+    now: float | None,
+    kinds: Container[str],
+) -> list[DirectiveLike]:
+    """Who a call is decides on exemptions, wherever it goes: `asked` are its labels before any redirect."""
+    return [
+        d
+        for d in index.matching(labels)
+        if d.kind in kinds and (now is None or d.expires_at > now) and not _exempt(d, asked)
+    ]
 
 
 def _exempt(directive: DirectiveLike, labels: Mapping[str, str]) -> bool:
