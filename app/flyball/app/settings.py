@@ -30,6 +30,7 @@ from pydantic_settings import (
 )
 
 from flyball.core.errors import ConfigError, did_you_mean
+from flyball.remediation.hooks import HookSettings
 from flyball.remediation.notifiers import NotifySettings
 from flyball.remediation.notifiers._settings import with_secrets
 from flyball.runbooks.yaml_nodes import Document, parse
@@ -41,9 +42,10 @@ Positive = Annotated[float, Field(gt=0)]
 PREFIX: Final = "FLYBALL_"
 OTHER_VARIABLES: Final = frozenset(
     {"FLYBALL_URL", "FLYBALL_TOKEN", "FLYBALL_RECORDINGS", "FLYBALL_REQUIRE_SERVERS"}
+    | {f"FLYBALL_POINT_{name}" for name in ("NAME", "KEEP", "LIMIT_SHARE", "GROUPS", "LABELS")}
 )
-"""Variables of ours that are no settings: the command line's client, the benchmarks, the tests."""
-_SECRET: Final = frozenset({"tokens", "hash_key", "notify"})
+"""Variables of ours that are no settings: the command line's client, the benchmarks, the tests, the LiteLLM guard."""
+_SECRET: Final = frozenset({"tokens", "hash_key", "notify", "hooks", "slack"})
 """Settings whose values are never shown, because secrets stand in them."""
 _SERVICE_LINK: Final = re.compile(r"FLYBALL_(\w+_)?(PORT|SERVICE)(_\w+)?")
 """What Kubernetes sets in every pod for a service that is called flyball."""
@@ -75,6 +77,24 @@ class ScrapeTarget(BaseModel):
     node: str = Field("", description="Node name, where the exporter does not tell it.")
     deployment: str = Field(
         "", description="Name of the inference server, where it does not tell it; default is host:port."
+    )
+
+
+class SlackSettings(BaseModel):
+    """Buttons in Slack: who pressed one, and that it was Slack who says so."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    signing_secret: SecretStr = Field(
+        min_length=16, description="The app's signing secret; what is not signed with it is refused."
+    )
+    users: dict[str, str] = Field(
+        default_factory=dict,
+        description="Slack's user id → name here, e.g. `U0123ABCD: ann`. Who made a change does not approve what answers it: "
+        "use the names that changes are reported under. Others are refused.",
+    )
+    anyone: bool = Field(
+        False, description="Also take the word of users that are not listed, under the name `slack:ID`."
     )
 
 
@@ -134,6 +154,13 @@ class Settings(BaseSettings):
         description="Folders or files with runbooks; a runbook named like a shipped one replaces it.",
     )
     mode: Mode = Field("suggest", description="Ceiling on the runbooks' own modes.")
+    modes: dict[str, Mode] = Field(
+        default_factory=dict,
+        description="Mode of single runbooks here, by name, in place of what their files say: `{provider-failover: auto}`.",
+    )
+    dry_run: bool = Field(
+        False, description="Decide and record everything, also in `auto`, but let nothing take effect."
+    )
     window_s: Positive = Field(10.0, description="Length of a window of event time, seconds.")
     lateness_s: float = Field(
         2.0, ge=0, description="How far events of one sender may be out of order, seconds."
@@ -163,6 +190,12 @@ class Settings(BaseSettings):
     tokens: list[Token] = Field(default_factory=list, description="Bearer tokens; none needed on loopback.")
     scrape: list[ScrapeTarget] = Field(default_factory=list, description="Prometheus endpoints to scrape.")
     notify: NotifySettings = Field(default_factory=NotifySettings, description="Where alerts go.")
+    hooks: list[HookSettings] = Field(
+        default_factory=list, description="Remediation hooks that runbooks may ask, by name."
+    )
+    slack: SlackSettings | None = Field(
+        None, description="Buttons in Slack; `POST /v1/slack` is the address to give to Slack."
+    )
     limits: LimitSettings = Field(
         default_factory=LimitSettings, description="How much is taken before 413 or 429."
     )
@@ -197,6 +230,11 @@ class Settings(BaseSettings):
             wrong.append(
                 f"max_delay_s: {self.max_delay_s:g} is less than lateness_s = {self.lateness_s:g}; make it at least that"
             )
+        hooks = [h.name for h in self.hooks]
+        wrong += [
+            f"hooks: two are named {n!r}; give each its own name"
+            for n in sorted({n for n in hooks if hooks.count(n) > 1})
+        ]
         names = [t.name for t in self.tokens]
         wrong += [
             f"tokens: two are named {n!r}; give each its own name"
