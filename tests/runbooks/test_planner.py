@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import msgspec
 import pytest
 
 from flyball.core.directives import (
-    Approval,
-    Decision,
     DirectiveChange,
     Operation,
     Outcome,
-    StopChange,
     Verdict,
 )
 from flyball.core.errors import ConfigError
-from flyball.core.incident import Incident, Severity, State
-from flyball.core.plans import Plan
-from flyball.remediation.actions import registry
+from flyball.core.incident import Severity, State
 from flyball.remediation.executor import Executor
-from flyball.runbooks.loader import RunbookSet, load_texts
-from flyball.runbooks.planner import Item, Planned, Planner
-from tests.remediation._estate import Row, World, change, incident, window
+from flyball.runbooks.planner import Planner
+from tests.remediation._estate import Row, incident, window
+from tests.runbooks._desk import YAML, Desk, books, one, verdicts
 
 
 def word(moved: DirectiveChange | Outcome | Operation) -> str:
@@ -76,7 +68,7 @@ def test_the_more_careful_of_both_modes_counts(mode: str, ceiling: str, expected
 
 def test_an_unknown_mode_of_the_environment_stops_start_up() -> None:
     with pytest.raises(ConfigError, match=r"unknown mode 'outo'; did you mean 'auto'\?"):
-        Planner(runbooks(), "outo")
+        Planner(books(YAML), "outo")
 
 
 def test_a_condition_must_stay_true_for_the_hold_time() -> None:
@@ -110,9 +102,9 @@ def test_a_detector_outage_freezes_auto_mode() -> None:
 
 def test_the_kill_switch_holds_and_lets_go() -> None:
     desk = Desk()
-    desk.say(StopChange(change="stop", scope="all", by="ana", at=desk.world.now))
+    desk.stop()
     assert verdicts(desk.news()) == [("hold", "stopped")]
-    desk.say(StopChange(change="resume", scope="all", by="ana", at=desk.world.now))
+    desk.stop("all", "resume")
     assert verdicts(desk.tick()) == [("run", "when_matched")]
 
 
@@ -169,8 +161,7 @@ def test_each_attempt_is_a_plan_of_its_own() -> None:
 
 def test_one_target_is_in_the_hands_of_one_plan_whatever_the_runbook() -> None:
     other = YAML.replace("name: failover", "name: another")
-    books = load_texts({"a.yaml": YAML, "b.yaml": other}, actions=ACTIONS)
-    assert verdicts(Desk(books=books).news()) == [("run", "when_matched"), ("hold", "lock")]
+    assert verdicts(Desk(YAML, other).news()) == [("run", "when_matched"), ("hold", "lock")]
 
 
 def test_the_provider_that_took_over_is_not_left_for_the_one_it_took_over_from() -> None:
@@ -265,28 +256,6 @@ def test_an_approved_plan_takes_its_locks_and_a_second_answer_is_refused() -> No
     assert (approved.plan_hash, approved.mode, approved.approved_by) == (decision.plan_hash, "approve", "ana")
     again, none = desk.answer(plan)
     assert (again.decision, again.reason, none) == (Verdict.REFUSE, "approval_used", None)
-
-
-def test_snapshot_and_restore_anywhere_change_nothing() -> None:
-    def play(every: int) -> list[bytes]:
-        desk = Desk(("mode: auto", "mode: auto\nhold: 20s\nmax_age: 1h"), ("cooldown: 30m", "cooldown: 1m"))
-        said: list[Planned] = []
-        for i in range(24):
-            if i % 8 == 0:
-                said += desk.news(incident(at=desk.world.now, id=f"INC-{i}"))
-            planned = desk.tick()
-            said += planned
-            if i % 6 == 5:
-                for key in list(desk.planner._s.plans):
-                    desk.end(desk.planner._s.plans[key].plan)
-            if every and i % every == 0:
-                state = desk.planner.snapshot()
-                desk.planner = Planner(runbooks(("mode: auto", "mode: auto\nhold: 20s\nmax_age: 1h"), ("cooldown: 30m", "cooldown: 1m")), "auto")  # fmt: skip
-                desk.planner.restore(state)
-        return [msgspec.json.encode(d) for d, _ in said]
-
-    assert len(play(0)) > 4
-    assert play(0) == play(1) == play(3)
 
 
 def test_from_the_incident_to_the_released_lease_and_no_second_run() -> None:

@@ -169,6 +169,6 @@ def _alike(a: Any, b: Any) -> bool:
         return abs(a - b) <= CLOSE_RATIO * max(abs(a), abs(b))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_alike(a[k], b[k]) for k in a)
-    if isinstance(a, list) and isinstance(b, list):
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(_alike(x, y) for x, y in zip(a, b, strict=True))
     return bool(a == b)
