@@ -9,7 +9,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from flyball.app.cli import lab, look, replay, run, runbook, setup
+from flyball.app.cli import hook, lab, look, replay, run, runbook, setup
 from flyball.app.cli._common import Unreachable
 from flyball.app.logs import configure_logging
 from flyball.core.errors import FlyballError
@@ -54,6 +54,7 @@ replay.add_to(app)
 look.add_to(app)
 setup.add_to(app)
 lab.add_to(app)
+hook.add_to(app)
 app.add_typer(runbook.group, name="runbook")
 
 
