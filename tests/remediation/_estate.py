@@ -26,6 +26,9 @@ class Row:
     local: int = 0
     usd: float | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    tokens: float | None = None
+    latency_s: float | None = None
+    """Of all calls together."""
 
 
 def window(start: float, rows: Iterable[Row], length: float = 10.0) -> Window:
@@ -40,6 +43,9 @@ def window(start: float, rows: Iterable[Row], length: float = 10.0) -> Window:
     sums = {name: np.zeros(n) for name in SUMS}
     counts = {name: np.zeros(n, np.int64) for name in set(COUNTED.values())}
     sums["cost_usd"] = np.array([r.usd or 0.0 for r in kept])
+    for name, told in (("input_tokens", "tokens"), ("latency_s", "latency_s")):
+        sums[name] = np.array([getattr(r, told) or 0.0 for r in kept])
+        counts[name] = np.array([0 if getattr(r, told) is None else r.calls for r in kept], np.int64)
     counts["cost_usd"] = np.array([0 if r.usd is None else r.calls for r in kept], np.int64)
     cells = Rollup(
         by=BASE_LABELS,
