@@ -21,7 +21,7 @@ from flyball.app.cli._common import AsJson, Unreachable, print_json
 from flyball.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flyball.remediation.hooks.conformance import Check
+    from flyball.remediation.hooks.kit import Check
 
 _UP_WITHIN_S = 30.0
 
@@ -83,7 +83,8 @@ def conform(
     """
     from pydantic import SecretStr, TypeAdapter, ValidationError
 
-    from flyball.remediation.hooks.conformance import HookNotReached, Trial, run
+    from flyball.remediation.hooks.conformance import run
+    from flyball.remediation.hooks.kit import HookNotReached, Trial
     from flyball.remediation.http_guard import HttpUrl
     from flyball.remediation.signing import SigningSecret
 
