@@ -77,17 +77,24 @@ class Touch:
         )
 
 
+class Drain(Touch):
+    """The same as what a hook does."""
+
+    kind: ClassVar[str] = "drain"
+    effect: ClassVar[Effect] = "operation"
+
+
 class Actions:
-    """The real actions, and `touch`."""
+    """The real actions, `touch` and `drain`."""
 
     def __init__(self) -> None:
         self._real = registry()
 
     def kinds(self) -> list[str]:
-        return sorted([*self._real.kinds(), Touch.kind])
+        return sorted([*self._real.kinds(), Touch.kind, Drain.kind])
 
     def get(self, kind: str) -> Any:
-        return Touch if kind == Touch.kind else self._real.get(kind)
+        return {"touch": Touch, "drain": Drain}.get(kind) or self._real.get(kind)
 
 
 ACTIONS = Actions()

@@ -99,8 +99,8 @@ def checks(q: Question) -> Iterator[Check]:
         return
     yield from _preconditions(q)
     yield _stopped_here(q)
-    yield _attempts_here(q)
     yield _lock(q)
+    yield _attempts_here(q)
     yield _hysteresis(q)
     yield _cooldown(q)
     yield _blast(q)
