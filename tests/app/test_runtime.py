@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from flyball.app.embedded import Command, Embedded, Limits, Overloaded, Retention, Stopped
+from flyball.app.embedded import Embedded, Limits, Overloaded, Retention, Stopped
 from flyball.app.http.read import status
+from flyball.app.orders import Command
 from flyball.app.pipeline import Pipeline
-from flyball.app.store import store
+from flyball.app.store import ledger, store
+from flyball.app.store.rows import DeadLetter
 from flyball.app.store.sqlite import open_reader
-from flyball.app.store.store import DeadLetter
 from flyball.core.codec import pack_state
 from flyball.core.errors import ConfigError
 from flyball.core.estate import Emissions
@@ -402,10 +403,10 @@ def test_a_persons_word_goes_through_the_log_and_survives_a_restart(tmp_path: Pa
         words: Sequence[tuple[str, float | None]] = (("ack", None), ("silence", clock.at + 3600))
         for kind, until in words:
             clock.at += 1.0
-            position = runtime.command(Command(kind, found, "ann", clock.at, until)).result(30)
+            position = runtime.order(Command(kind, found, "ann", clock.at, until)).result(30)
             assert runtime.wait_for(position)
         kinds = [r[0] for r in rows(runtime, "select kind from log order by id desc limit 2")]
-        assert kinds == ["command", "command"]
+        assert kinds == ["order", "order"]
     with started(tmp_path, clock) as again:
         with again.reader.connect() as c:
             kept = store.get_incident(c, found)
@@ -413,13 +414,13 @@ def test_a_persons_word_goes_through_the_log_and_survives_a_restart(tmp_path: Pa
         assert kept.acknowledged_by == "ann"
         assert kept.silenced_until is not None
         clock.at += 1.0
-        assert again.wait_for(again.command(Command("resolve", found, "ann", clock.at)).result(30))
+        assert again.wait_for(again.order(Command("resolve", found, "ann", clock.at)).result(30))
         assert status(again)["incidents"]["resolved"] == 1
 
 
 def test_a_word_that_came_too_late_changes_nothing_and_stops_nothing(tmp_path: Path) -> None:
     with started(tmp_path) as runtime:
-        assert runtime.wait_for(runtime.command(Command("ack", "INC-NONE", "ann", NOW)).result(30))
+        assert runtime.wait_for(runtime.order(Command("ack", "INC-NONE", "ann", NOW)).result(30))
         assert runtime.failure is None
         assert take(runtime, calls(1)) == 2
 
@@ -433,8 +434,8 @@ def test_a_changed_line_of_the_ledger_is_found(tmp_path: Path) -> None:
             take(runtime, well(clock.at))
             runtime.wait_for(runtime.tick().result(30))
         with runtime.reader.connect() as c:
-            assert store.verify_ledger(c) is None
-            lines = store.list_ledger(c)
+            assert ledger.verify_ledger(c) is None
+            lines = ledger.list_ledger(c)
         assert len(lines) >= 2
     for change, broken in (
         ("update ledger set kind = 'person' where seq = 2", 2),
@@ -448,7 +449,7 @@ def test_a_changed_line_of_the_ledger_is_found(tmp_path: Path) -> None:
         database.close()
         engine = open_reader(path)
         with engine.connect() as reader:
-            assert store.verify_ledger(reader) == broken
+            assert ledger.verify_ledger(reader) == broken
         engine.dispose()
 
 

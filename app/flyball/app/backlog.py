@@ -37,7 +37,7 @@ class Backlog:
         self._read = position
         self._read_received_at: float | None = None
         self._taken_received_at: float | None = None
-        self._closed = self._given_up = False
+        self._closed = self._given_up = self._woken = False
         self.appended = appended
         self.size = size
 
@@ -54,12 +54,15 @@ class Backlog:
             self.appended = records[-1].position
             self._news.notify()
 
-    def take(self, most_events: int) -> list[Record]:
-        """The next records, at least one; waits for news. Empty when closed and all was read, or given up."""
+    def take(self, most_events: int) -> list[Record] | None:
+        """The next records; waits for news. Empty when woken for something else, None when closed and all was read, or given up."""
         with self._news:
-            while self.appended <= self._read and not self._closed:
+            while self.appended <= self._read and not self._closed and not self._woken:
                 self._news.wait()
-            if self._given_up or self.appended <= self._read:
+            self._woken = False
+            if self._given_up or (self._closed and self.appended <= self._read):
+                return None
+            if self.appended <= self._read:
                 return []
             taken = self._from_memory(most_events)
         if not taken:
@@ -96,6 +99,12 @@ class Backlog:
     def read(self) -> int:
         """Newest record that the stages have read."""
         return self._read
+
+    def wake(self) -> None:
+        """Ends a wait for news without any."""
+        with self._news:
+            self._woken = True
+            self._news.notify_all()
 
     def close(self, *, give_up: bool = False) -> None:
         """Nothing more will come; with `give_up` what is there is left for the next start."""

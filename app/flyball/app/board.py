@@ -4,46 +4,58 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 
 import msgspec
 
-from flyball.core.directives import Directive, DirectiveChange
+from flyball.app.switchboard import Draft, Switchboard, exempted
+from flyball.core.directives import Directive
 from flyball.core.ports import Clock
 
 
 class DirectiveBoard:
-    """Written by the runtime after a commit, read by the HTTP interface. What has expired is never shown, whatever else happens."""
+    """Written by the runtime after a commit, read by the HTTP interface. What has expired is never shown, whatever else happens.
 
-    def __init__(self, clock: Clock) -> None:
+    It knows two things of a lease: as the stages have it, and as enforcement points see it. They differ while a stop holds:
+    see `switchboard`.
+    """
+
+    def __init__(self, clock: Clock, switchboard: Switchboard | None = None) -> None:
         self._clock = clock
-        self._lock = threading.Lock()
+        self._switchboard = switchboard or Switchboard()
         self._live: dict[str, Directive] = {}
+        self._shown: dict[str, Directive] = {}
         self._waiters: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
         self._closed = False
 
-    def put(self, directives: Iterable[Directive]) -> None:
-        with self._lock:
-            self._live = {d.id: d for d in directives}
+    def put(self, directives: Iterable[Directive], shown: Mapping[str, Directive] | None = None) -> None:
+        """All live leases, and what enforcement points saw of them before a restart (without it: all)."""
+        live = {d.id: d for d in directives}
+        seen = live if shown is None else shown
+        self._live, self._shown = live, {d: seen[d] for d in live if d in seen}
         self._wake()
 
-    def change(self, changes: Sequence[DirectiveChange]) -> None:
-        with self._lock:
-            live = dict(self._live)
-            for c in changes:
-                if c.change in ("granted", "renewed"):
-                    live[c.directive.id] = c.directive
-                else:
-                    live.pop(c.directive.id, None)
-            self._live = live
+    def live(self) -> dict[str, Directive]:
+        """The leases as the stages have them, by id."""
+        return self._live
+
+    def draft(self) -> Draft:
+        """A copy of what is shown, to be changed within a transaction."""
+        return Draft(self._switchboard.stops, dict(self._live), dict(self._shown))
+
+    def publish(self, draft: Draft) -> None:
+        """What the draft holds is durable: enforcement points see it from now on."""
+        self._switchboard.set(draft.stops)
+        self._live, self._shown = draft.live, draft.shown
         self._wake()
 
     def read(self) -> tuple[str, list[Directive]]:
         """The ETag and the directives in force now, ordered by id."""
-        now = self._clock.now()
-        live = sorted((d for d in self._live.values() if d.expires_at > now), key=lambda d: d.id)
+        now, stops = self._clock.now(), self._switchboard.stops
+        live = sorted(
+            (exempted(d, stops) for d in self._shown.values() if d.expires_at > now), key=lambda d: d.id
+        )
         tag = blake2b(msgspec.json.encode(live), digest_size=10).hexdigest()
         return f'"{tag}"', live
 

@@ -15,7 +15,7 @@ import httpx
 from sqlalchemy.exc import DatabaseError
 
 from flyball.app.settings import Settings, load, unknown_variables
-from flyball.app.store import store
+from flyball.app.store import ledger, store
 from flyball.app.store.sqlite import has_wal_reset_fault, open_reader
 from flyball.app.wiring import database_path
 from flyball.core.errors import ConfigError
@@ -92,7 +92,7 @@ def _data(settings: Settings) -> Iterator[Finding]:
     engine = open_reader(path)
     try:
         with engine.connect() as c:
-            broken = store.verify_ledger(c)
+            broken = ledger.verify_ledger(c)
             position = store.position(c)
     except (DatabaseError, ValueError) as e:
         why = e.orig if isinstance(e, DatabaseError) else e

@@ -2,43 +2,50 @@
 
 Two threads. The *writer* (`writer.py`) owns the only connection that writes: it appends what ingest hands it, acknowledges after the
 commit, and stores what the stages conclude. The *stages* thread reads the log in order (`backlog.py`: from memory while it keeps up, else
-from disk) and feeds the pipeline. Everything that influences the pipeline is a record of the log: events, ticks of the clock, people's
-commands, reports of enforcement points. So a restart restores the last snapshot, re-reads the log up to the stored position without saying
+from disk) and feeds the pipeline. Everything that influences the pipeline is a record of the log: events, ticks of the clock, the word of
+people, reports of enforcement points and hooks, the runbooks that count. So a restart restores the last snapshot, re-reads the log up to the stored position without saying
 anything, and goes on from there: nothing is lost, nothing is said twice.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Callable, Sequence
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import structlog
 from sqlalchemy import Connection
 
 from flyball.app.backlog import Backlog
 from flyball.app.board import DirectiveBoard
+from flyball.app.finite import finite
+from flyball.app.orders import Fault, Order, author_of, encode_order
 from flyball.app.pipeline import Counters, Pipeline
-from flyball.app.records import Append, Command, Record, Work, record_of
-from flyball.app.store import store
+from flyball.app.records import Append, Record, Work, record_of
+from flyball.app.store import acts, operations, outbox, store
 from flyball.app.store.lock import FolderLock
+from flyball.app.store.rows import Commit, DeadLetter, OutboxRow, Skipped, entry_of
 from flyball.app.store.sqlite import open_reader, open_writer
-from flyball.app.store.store import Commit, DeadLetter, OutboxRow, entry_of
-from flyball.app.writer import Limits, Overloaded, Retention, Stopped, Stored, Writer, encode
+from flyball.app.switchboard import Switchboard
+from flyball.app.writer import Limits, Overloaded, Retention, Stopped, Stored, Writer
 from flyball.core.codec import SnapshotError, encode_events
-from flyball.core.directives import Enforced
+from flyball.core.directives import Intervention
 from flyball.core.errors import ConfigError
 from flyball.core.estate import Emissions
 from flyball.core.events import Batch, Event
 from flyball.core.incident import IncidentChange
+from flyball.core.plans import Mode, Waiting
 from flyball.core.ports import Clock
+from flyball.runbooks.loader import RunbookSet
 
-__all__ = ["Command", "Embedded", "Figures", "Limits", "NoAlerts", "Overloaded", "Retention", "Stopped"]
+__all__ = ["Embedded", "Figures", "Limits", "NoAlerts", "Overloaded", "Retention", "Stopped"]
 
+T = TypeVar("T")
 _log = structlog.get_logger(__name__)
 _STAGE_EVENTS: Final = 20_000
 """Events a micro-batch takes at most: some 50 ms of work, so that commits and stops are never far."""
@@ -69,16 +76,25 @@ class Figures:
     totals: dict[str, Any]
     stage_seconds: dict[str, float]
     clock_skew_s: dict[str, float]
-    waiting: list[dict[str, Any]]
+    waiting: list[Waiting]
+    runbooks: RunbookSet
+    ceiling: Mode
+    recorded: bool
+    """Whether the runbooks that count stand in the log."""
+    wanted: frozenset[str]
+    """Operations that are still to be sent."""
 
     @classmethod
-    def of(cls, p: Pipeline) -> Figures:
+    def of(cls, p: Pipeline, operations: Iterable[str] = ()) -> Figures:
         stats = p.windows.stats
         totals = p.counters.as_dict() | {
             "duplicates": p.duplicates, "late": stats.late, "clamped": stats.clamped_future, "overflowed": stats.overflowed,
             "watermark": p.watermark, "disabled": dict(p.disabled),
         }  # fmt: skip
-        return cls(totals, dict(p.stage_seconds), stats.skew_s, p.waiting())
+        wanted = frozenset(o for o in operations if p.wanted(o))
+        return cls(
+            totals, dict(p.stage_seconds), stats.skew_s, p.waiting(), p.runbooks, p.mode, p.recorded, wanted
+        )
 
 
 class Embedded:
@@ -110,7 +126,8 @@ class Embedded:
     ) -> None:
         self.path = path
         self.clock = clock
-        self.board = DirectiveBoard(clock)
+        self.switchboard = Switchboard()
+        self.board = DirectiveBoard(clock, self.switchboard)
         self._make_pipeline = make_pipeline
         self.pipeline = make_pipeline()
         self._figures = Figures.of(self.pipeline)
@@ -130,9 +147,15 @@ class Embedded:
             appended = store.last_log_id(c)
             unread = store.backlog_bytes(c, self._position)
             totals = store.edge(c)
+            self._skip = acts.skipped_positions(c)
+            self._starts = set(operations.open_starts(c))
+            self._faults = len(self._skip)
+        self._unsaved: list[Skipped] = []
+        self._asked: deque[Callable[[], None]] = deque()
+        self._answers: dict[int, Future[Intervention]] = {}
         self._backlog = Backlog(self.reader, self._position, appended, unread, self._limits.memory_events)
         self._writer = Writer(
-            self._writer_engine, appended, totals, retention or Retention(), self._after_commit
+            self._writer_engine, appended, totals, retention or Retention(), self.board, self._after_commit
         )
         self._moved = threading.Condition()
         self._failure: BaseException | None = None
@@ -147,10 +170,12 @@ class Embedded:
     def start(self) -> None:
         """Recovers, then starts both threads. Returns once new events are taken."""
         with self.reader.connect() as c:
-            self._alerts.told = store.channels_told(c)
+            self._alerts.told = outbox.channels_told(c)
+            self.switchboard.set(acts.live_stops(c))
+            shown = acts.shown_directives(c)
         self._recover()
-        self._figures = Figures.of(self.pipeline)
-        self.board.put(self.pipeline.directives())
+        self._figures = Figures.of(self.pipeline, self._starts)
+        self.board.put(self.pipeline.directives(), shown)
         self._snapshot_at = self.clock.now()
         for name, work in (("flyball-stages", self._run_stages), ("flyball-writer", self._writer.run)):
             thread = threading.Thread(target=self._guard, args=(work,), name=name, daemon=True)
@@ -229,11 +254,38 @@ class Embedded:
         now = self.clock.now()
         return self._append(Append("tick", "", now, b"", now))
 
-    def command(self, command: Command) -> Future[int]:
-        return self._append(Append("command", command.by, command.at, encode(command), command))
+    def order(self, order: Order, *, also: Callable[[Connection], object] | None = None) -> Future[int]:
+        """Takes what a person, an enforcement point or a hook says. The kill switch acts when the future resolves.
 
-    def enforced(self, report: Enforced) -> Future[int]:
-        return self._append(Append("enforced", report.point, report.at, encode(report), report))
+        Args:
+            also: what is stored with it, in the same transaction.
+
+        Raises: Stopped.
+        """
+        return self._append(_order_record(order, also=also))
+
+    def say(self, order: Order) -> tuple[Future[int], Future[Intervention]]:
+        """As `order`, for a person who waits for what came of it: the second future, once the stages have reached it."""
+        answer: Future[Intervention] = Future()
+        return self._append(_order_record(order, answer=answer)), answer
+
+    def ask(self, question: Callable[[Pipeline], T]) -> Future[T]:
+        """Asks the pipeline on its own thread, between two records. `question` must change nothing."""
+        answer: Future[T] = Future()
+
+        def work() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return
+            try:
+                answer.set_result(question(self.pipeline))
+            except Exception as e:  # noqa: BLE001 - whatever it is belongs to whoever asked
+                answer.set_exception(e)
+
+        self._asked.append(work)
+        self._backlog.wake()
+        if self._failure is not None or not self.ready:
+            raise Stopped("the stages have ended")
+        return answer
 
     def write(self, work: Callable[[Connection], object]) -> Future[None]:
         """Runs `work` on the writer's connection with the next commit: outbox receipts and the like. Raises: Stopped."""
@@ -264,6 +316,9 @@ class Embedded:
     def _after_commit(self, stored: Stored) -> None:
         """On the writer's thread: shows what is durable to the stages and to readers."""
         if stored.rows:
+            for a, r in zip(stored.appends, stored.rows, strict=True):
+                if a.answer is not None:
+                    self._answers[r.id] = a.answer
             self._backlog.add(
                 [
                     Record(r.id, r.received_at, len(r.body), r.n, a.payload)
@@ -272,8 +327,9 @@ class Embedded:
             )
         for commit in stored.commits:
             self._position = max(self._position, commit.position)
-            if commit.directives:
-                self.board.change(commit.directives)
+            for answer, said in commit.answers:
+                if answer.set_running_or_notify_cancel():
+                    answer.set_result(said)
         if stored.commits:
             with self._moved:
                 self._moved.notify_all()
@@ -281,21 +337,59 @@ class Embedded:
     # --- the stages -----------------------------------------------------------------------------------------------
 
     def _run_stages(self) -> None:
-        while records := self._backlog.take(_STAGE_EVENTS):
-            commit = Commit(position=records[-1].position, at=self.clock.now())
+        while (records := self._backlog.take(_STAGE_EVENTS)) is not None:
+            if not records:
+                self._answer_asked()
+                continue
+            done: list[Record] = []
+            commit = Commit(position=0, at=self.clock.now())
             for record in records:
-                self._conclude(self._process(record), commit)
+                self._answer_asked()
+                if (
+                    record.position in self._skip
+                ):  # left out in an earlier life that ended before it could say so
+                    continue
+                if self._try(record, commit):
+                    done.append(record)
+                    continue
+                # Half of what it did may stand in the stages: they are made again as they were before it.
+                if done:
+                    commit.position = done[-1].position
+                    self._publish(commit)
+                    done = []
+                self._leave_out(record)
+                commit = Commit(position=record.position, at=self.clock.now())
+            commit.position = records[-1].position
             if commit.at - self._snapshot_at >= self._snapshot_every_s:
                 commit.snapshot, self._snapshot_at = self.pipeline.snapshot(), commit.at
             self._publish(commit)
             self._backlog.done(records)
         last = Commit(position=self._backlog.read, at=self.clock.now(), snapshot=self.pipeline.snapshot())
         self._publish(last)
+        self._answer_asked()
 
     def _publish(self, commit: Commit) -> None:
-        self._figures = Figures.of(self.pipeline)
+        self._figures = Figures.of(self.pipeline, self._starts)
+        self._starts = set(self._figures.wanted)
         commit.counters = self._figures.totals
+        commit.skipped, self._unsaved = self._unsaved, []
         self._writer.put(commit)
+
+    def _answer_asked(self) -> None:
+        while self._asked:
+            self._asked.popleft()()
+
+    def _try(self, record: Record, commit: Commit) -> bool:
+        """Whether the stages took the record; what it led to goes into `commit`."""
+        try:
+            said = self._process(record)
+        except MemoryError:
+            raise  # says nothing about the record
+        except Exception as e:  # noqa: BLE001 - whatever a stage raises would come again at every restart
+            self._note_fault(record, e)
+            return False
+        self._conclude(record, said, commit)
+        return True
 
     def _process(self, record: Record) -> Emissions:
         payload = record.payload
@@ -303,34 +397,82 @@ class Embedded:
             return self.pipeline.feed(payload)
         if isinstance(payload, float):
             return self.pipeline.tick(payload)
-        if isinstance(payload, Enforced):
-            return self.pipeline.enforced(payload)
-        try:
-            return self.pipeline.command(
-                payload.kind, payload.incident, payload.by, payload.at, payload.until
-            )
-        except ConfigError as e:
-            # The API has looked before; between its look and now the incident moved on. Nothing to do, and said so.
-            _log.warning(
-                "command.refused", kind=payload.kind, incident=payload.incident, by=payload.by, why=str(e)
-            )
-            return Emissions()
+        return self.pipeline.take(payload)
 
-    def _conclude(self, said: Emissions, commit: Commit) -> None:
+    def _conclude(self, record: Record, said: Emissions, commit: Commit) -> None:
         self._listener(said)
-        commit.changes += said.changes
-        for item in (said.decisions, said.directives, said.outcomes):
+        changes = [finite(c) for c in said.changes]
+        commit.changes += changes
+        for item in (said.decisions, said.directives, said.outcomes, said.operations, said.people):
             commit.entries += map(entry_of, item)
         commit.directives += said.directives
-        for change in said.changes:
+        commit.operations += said.operations
+        self._starts.update(o.id for o in said.operations if o.verb == "start")
+        for change in changes:
             commit.outbox += self._alerts(change)
+        for person in said.people:
+            if not person.accepted:
+                _log.warning(
+                    "person.refused",
+                    kind=person.kind,
+                    subject=person.subject,
+                    by=person.by,
+                    why=person.reason,
+                )
+        answer = self._answers.pop(record.position, None)
+        if answer is not None and said.people:
+            commit.answers.append((answer, said.people[0]))
 
-    def _recover(self) -> None:
-        """State as of the stored position: the snapshot, and the log behind it read again in silence."""
+    # --- records that make a stage raise --------------------------------------------------------------------------
+
+    def _note_fault(self, record: Record, error: Exception) -> None:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error}"[:500]
+        _log.error(
+            "record.left_out", position=record.position, why=reason, at=f"{where.filename}:{where.lineno}",
+            exc_info=error,
+        )  # fmt: skip
+        with self.reader.connect() as c:
+            row = store.read_log(c, record.position - 1, record.position)[0]
+        self._skip.add(record.position)
+        self._faults += 1
+        self._unsaved.append(
+            Skipped(record.position, row.received_at, row.kind, row.sender, row.n, reason, row.body)
+        )
+        if not isinstance(record.payload, Fault):
+            told = Fault(at=self.clock.now(), position=record.position, kind=row.kind, reason=reason)
+            self._append(_order_record(told))
+
+    def _leave_out(self, record: Record) -> None:
+        """Makes the pipeline again, as it was before the record, and stores that the record is left out from now on."""
+        before = record.position - 1
+        self.wait_for(before)
+        self._recover(before)
+        self._publish(Commit(position=record.position, at=self.clock.now()))
+        self._snapshot_at = 0.0  # soon a snapshot behind it: another fault then costs little
+        answer = self._answers.pop(record.position, None)
+        if answer is not None and not isinstance(record.payload, Batch | float):
+            order = record.payload
+            said = Intervention(
+                at=order.at, by=author_of(order), kind=type(order).__name__, subject="", accepted=False,
+                reason="stage_raised",
+            )  # fmt: skip
+            if answer.set_running_or_notify_cancel():
+                answer.set_result(said)
+
+    def _recover(self, until: int | None = None) -> None:
+        """State as of a position: the snapshot, and the log behind it read again in silence."""
+        until = self._position if until is None else until
+        while not self._read_again(until):
+            pass  # a record that raises now was fine for the version before: it is left out from now on
+
+    def _read_again(self, until: int) -> bool:
+        """False when a record raised; it is then among those to skip."""
         with self.reader.connect() as c:
             saved = store.newest_snapshots(c)
             first = store.first_log_id(c)
             totals = store.counters(c)
+        self.pipeline = self._make_pipeline()
         after = 0
         for position, state in saved:
             try:
@@ -341,13 +483,23 @@ class Embedded:
                 # What was restored up to the failing stage must not mix with what is read again.
                 self.pipeline = self._make_pipeline()
                 _log.warning("snapshot.unreadable", position=position, why=str(e))
-        for row in store.iter_log(self.reader, after, self._position):
-            self._process(record_of(row))
+        for row in store.iter_log(self.reader, after, until):
+            if row.id in self._skip:
+                continue
+            record = record_of(row)
+            try:
+                self._process(record)
+            except MemoryError:
+                raise
+            except Exception as e:  # noqa: BLE001 - as in `_try`
+                self._note_fault(record, e)
+                return False
         if saved and not after:
-            _log.warning("log.read_again", first=first, to=self._position)
+            _log.warning("log.read_again", first=first, to=until)
             if first != 1:
                 # Retention has removed the beginning; what was counted then is still known.
                 self.pipeline.counters = Counters.from_dict(totals)
+        return True
 
     # --- out ------------------------------------------------------------------------------------------------------
 
@@ -365,6 +517,11 @@ class Embedded:
     def rejected(self) -> Counter[str]:
         """Events that could not be taken since the beginning, by reason."""
         return self._writer.rejected
+
+    @property
+    def faults(self) -> int:
+        """Records that were left out since the beginning, because a stage raised."""
+        return self._faults
 
     def lag(self) -> tuple[float, int]:
         """(seconds since the oldest record arrived that the stages have not read, bytes not read)."""
@@ -387,3 +544,7 @@ class Embedded:
             return self._moved.wait_for(
                 lambda: self._position >= position or self._failure is not None, timeout_s
             ) and (self._position >= position)
+
+
+def _order_record(order: Order, **more: Any) -> Append:
+    return Append("order", author_of(order), order.at, encode_order(order), order, **more)

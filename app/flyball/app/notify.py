@@ -13,8 +13,8 @@ from rich.console import Console
 
 from flyball.app.embedded import Embedded
 from flyball.app.settings import Settings
-from flyball.app.store import store
-from flyball.app.store.store import OutboxRow as StoredRow
+from flyball.app.store import outbox
+from flyball.app.store.rows import OutboxRow as StoredRow
 from flyball.core.ids import short_id
 from flyball.core.incident import IncidentChange
 from flyball.remediation.http_guard import guarded_client
@@ -62,7 +62,7 @@ class StoredOutbox:
 
     async def due(self, now: float, limit: int) -> Sequence[OutboxRow]:
         with self._runtime.reader.connect() as c:
-            found = store.due_outbox(c, now, limit)
+            found = outbox.due_outbox(c, now, limit)
         return [
             OutboxRow(r.id, r.incident, r.revision, r.channel, r.body, r.why, r.attempts, receipt)
             for r, receipt in found
@@ -72,14 +72,14 @@ class StoredOutbox:
         text = receipt.to_text() if receipt.status == "sent" else ""
         repeat_at = receipt.repeat_at if receipt.status == "sent" else None
         await self._write(
-            partial(store.finish_outbox, row_id=id, state=receipt.status, receipt=text, repeat_at=repeat_at)
+            partial(outbox.finish_outbox, row_id=id, state=receipt.status, receipt=text, repeat_at=repeat_at)
         )
 
     async def retry(self, id: str, at: float, why: str) -> None:
-        await self._write(partial(store.postpone_outbox, row_id=id, at=at))
+        await self._write(partial(outbox.postpone_outbox, row_id=id, at=at))
 
     async def dead(self, id: str, why: str) -> None:
-        await self._write(partial(store.finish_outbox, row_id=id, state="dead"))
+        await self._write(partial(outbox.finish_outbox, row_id=id, state="dead"))
 
     async def _write(self, work: Any) -> None:
         await asyncio.wrap_future(self._runtime.write(work))

@@ -37,13 +37,13 @@ class RunbookTexts(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
 
     at: float
     runbooks: tuple[RunbookText, ...]
+    ceiling: Mode
     by: str = "flyball"
 
     @classmethod
-    def of(cls, runbooks: Iterable[Runbook], at: float, by: str = "flyball") -> RunbookTexts:
-        return cls(
-            at=at, by=by, runbooks=tuple(RunbookText(r.path, r.text, r.source, r.mode) for r in runbooks)
-        )
+    def of(cls, runbooks: Iterable[Runbook], ceiling: Mode, at: float) -> RunbookTexts:
+        texts = (RunbookText(r.path, r.text, r.source, r.mode) for r in runbooks)
+        return cls(at=at, ceiling=ceiling, runbooks=tuple(texts))
 
     def load(self, actions: Actions) -> RunbookSet:
         """Raises: RunbookErrors when this version refuses any of them."""

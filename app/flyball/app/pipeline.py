@@ -18,23 +18,40 @@ from typing import Any, cast
 import msgspec
 import structlog
 
-from flyball.core.anomaly import Anomaly
+from flyball.app.orders import Command, Fault, Order, RunbookTexts
+from flyball.core.anomaly import Anomaly, anomaly_id
 from flyball.core.codec import pack_state, unpack_state
 from flyball.core.columns import Window
-from flyball.core.directives import Decision, Directive, DirectiveChange, Enforced, Verdict
+from flyball.core.directives import (
+    Approval,
+    Decision,
+    Directive,
+    DirectiveChange,
+    Enforced,
+    Intervention,
+    Operation,
+    OperationReport,
+    Release,
+    StopChange,
+)
+from flyball.core.errors import ConfigError
 from flyball.core.estate import Emissions
-from flyball.core.events import TYPE_NAMES, Batch, Change, Event
-from flyball.core.incident import IncidentChange, State
-from flyball.core.plans import Plan
+from flyball.core.events import TYPE_NAMES, Batch, Change
+from flyball.core.incident import IncidentChange
+from flyball.core.plans import Mode, Plan, Waiting
+from flyball.core.stops import Stops, check_scope
 from flyball.detectors import default_detectors
 from flyball.detectors._budget import PageBudget
 from flyball.detectors._episodes import CoolDown
 from flyball.incidents.correlator import Correlator
 from flyball.incidents.settings import IncidentSettings
+from flyball.remediation import actions
 from flyball.remediation.executor import Executor, ExecutorSettings
 from flyball.remediation.scripted import ScriptedExecutor
 from flyball.remediation.verify import VerifySettings
+from flyball.runbooks.answers import own_change
 from flyball.runbooks.estate import LiveEstate
+from flyball.runbooks.explain import Explained
 from flyball.runbooks.loader import RunbookSet
 from flyball.runbooks.planner import Planner
 from flyball.streams.dedup import Deduplicator
@@ -52,8 +69,10 @@ class PipelineConfig:
     incidents: IncidentSettings = field(default_factory=IncidentSettings)
     false_pages_per_week: float = 2.0
     cooldown_s: float = 300.0
-    mode: str = "suggest"
+    mode: Mode = "suggest"
     runbooks: RunbookSet | None = None
+    dry_run: bool = False
+    """Everything is decided and recorded, nothing takes effect."""
     scripted: bool = False
     """Nothing is done to the world: directives are judged as if they had worked (replay)."""
 
@@ -100,7 +119,7 @@ class Pipeline:
         self.stage_seconds: defaultdict[str, float] = defaultdict(float)
         self.disabled: dict[str, str] = {}
         self._now = 0.0
-        self._waiting: dict[str, Plan] = {}
+        self._texts: RunbookTexts | None = None
         self._timer = timer
         self._dedup = Deduplicator()
         self.windows = Windows(config.windows)
@@ -111,7 +130,8 @@ class Pipeline:
         self._cooldown = CoolDown(config.cooldown_s)
         self._correlator = Correlator(config.incidents)
         self._estate = LiveEstate()
-        self._planner = Planner(config.runbooks or RunbookSet(), config.mode)
+        self._runbooks = config.runbooks or RunbookSet()
+        self._planner = Planner(self._runbooks, config.mode, dry_run=config.dry_run)
         executor = ExecutorSettings(verify=VerifySettings(window_s=config.windows.window_s))
         self._executor = ScriptedExecutor(executor) if config.scripted else Executor(executor)
 
@@ -128,7 +148,7 @@ class Pipeline:
         for kind, n in by_type.items():
             self.counters.events[TYPE_NAMES[kind]] += n
         if len(by_type) > 1 or not self._windows_only(by_type):
-            self._judge_events(batch.events, by_type, out)
+            self._judge_events(batch, by_type, out)
         for window in self._timed("windows", self.windows.feed, batch):
             self._close(window, out)
         return self._counted(out)
@@ -157,33 +177,66 @@ class Pipeline:
             self._close(window, out)
         return self._counted(out)
 
-    def command(self, kind: str, incident: str, by: str, at: float, until: float | None = None) -> Emissions:
-        """A person's word: `ack`, `resolve`, `silence`, `reopen`.
-
-        Raises: ConfigError when the incident is unknown or its state forbids it.
-        """
+    def take(self, order: Order) -> Emissions:
+        """A person's word, a report, another set of runbooks. What a person asked for is answered in `people`, also a no."""
         out = Emissions()
-        self._now = max(self._now, at)
-        changes = list(self._correlator.command(kind, incident, by, at, until))
-        out.changes += changes
-        self._act(changes, out, ticking=False)
+        self._now = max(self._now, order.at)
+        if isinstance(order, Enforced | OperationReport):
+            self._sort_out(self._executor.feed([order], self._estate, self._now), out)
+        elif isinstance(order, Command):
+            self._command(order, out)
+        elif isinstance(order, Approval):
+            self._answer(order, out)
+        elif isinstance(order, StopChange):
+            self._switch(order, out)
+        elif isinstance(order, Release):
+            self._let_go(order, out)
+        elif isinstance(order, RunbookTexts):
+            self._exchange(order, out)
+        else:
+            self._correlate([_own_fault(order)], out)
         return self._counted(out)
 
     def enforced(self, report: Enforced) -> Emissions:
         """An enforcement point says what it holds: "granted" and "in force" are two things."""
-        out = Emissions()
-        self._now = max(self._now, report.at)
-        self._sort_out(self._executor.feed([report], self._estate, self._now), out)
-        return self._counted(out)
+        return self.take(report)
 
     # --- out ------------------------------------------------------------------------------------------------------
 
     def directives(self) -> Sequence[Directive]:
         return self._executor.directives(self._now)
 
-    def waiting(self) -> list[dict[str, Any]]:
-        """Plans that a person may approve: suggested ones of incidents that are not over."""
-        return [msgspec.to_builtins(plan) for plan in self._waiting.values()]
+    def waiting(self) -> list[Waiting]:
+        """What only a person can start: plans, and steps of running plans that ask first."""
+        return [*self._planner.waiting(self._now), *self._executor.waiting(self._now)]
+
+    @property
+    def stops(self) -> Stops:
+        """The kill switch as the stages know it."""
+        return self._planner.stops
+
+    @property
+    def runbooks(self) -> RunbookSet:
+        """Those that count now."""
+        return self._runbooks
+
+    def explain(self, incident: str) -> list[Explained]:
+        """Every runbook's guards for an incident now, each with its value."""
+        return list(self._planner.explain(incident, self._estate, self._now))
+
+    @property
+    def mode(self) -> Mode:
+        """Ceiling on the runbooks' own modes."""
+        return self._texts.ceiling if self._texts is not None else self.config.mode
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the runbooks that count came as a record."""
+        return self._texts is not None
+
+    def wanted(self, operation: str) -> bool:
+        """Whether an operation is still to be sent: not cancelled, not stopped, not past its deadline."""
+        return self._executor.wanted(operation)
 
     @property
     def duplicates(self) -> int:
@@ -199,7 +252,7 @@ class Pipeline:
             "counters": self.counters.as_dict(),
             "disabled": self.disabled,
             "now": self._now,
-            "waiting": self._waiting,
+            "runbooks": self._texts,
             "stages": {name: stage.snapshot() for name, stage in self._stages()},
         }
         return pack_state("pipeline", _STATE_VERSION, state)
@@ -210,7 +263,8 @@ class Pipeline:
         self.counters = Counters.from_dict(state["counters"])
         self.disabled = dict(state["disabled"])
         self._now = state["now"]
-        self._waiting = msgspec.convert(state["waiting"], dict[str, Plan])
+        if state["runbooks"] is not None:
+            self._reload(msgspec.convert(state["runbooks"], RunbookTexts))
         saved = state["stages"]
         for name, stage in self._stages():
             if name in saved:  # a detector that was added since starts empty
@@ -235,8 +289,10 @@ class Pipeline:
         """LLM calls of a batch without runs interest no event detector; told by one look at types that detectors ask for."""
         return Change not in by_type and not any(t in d.types for d in self._on_events for t in by_type)
 
-    def _judge_events(self, events: Sequence[Event], by_type: Counter[type], out: Emissions) -> None:
+    def _judge_events(self, batch: Batch, by_type: Counter[type], out: Emissions) -> None:
+        events = batch.events
         self._timed("correlate", self._correlator.observe_events, events)
+        self._timed("estate", self._estate.observe, events, batch.received_at)
         anomalies: list[Anomaly] = []
         for detector in self._on_events:
             wanted = [t for t in by_type if t in detector.types]
@@ -268,43 +324,149 @@ class Pipeline:
         planned = list(self._timed("plan", self._planner.feed, changes, self._estate, now)) if changes else []
         if ticking:
             planned += self._timed("plan", self._planner.tick, now, self._estate)
-        self._wait(planned, changes)
+        moved = self._carry_out(planned, changes, out)
+        if ticking:
+            moved += self._timed("execute", self._executor.tick, now, self._estate)
+        self._sort_out(moved, out)
+
+    def _carry_out(
+        self,
+        planned: Sequence[tuple[Decision, Plan | None]],
+        changes: Sequence[IncidentChange],
+        out: Emissions,
+    ) -> list[Any]:
+        """Decisions go to their incidents, plans to the executor; what it did about them."""
         decisions = [d for d, _ in planned]
         out.decisions += decisions
         orders: list[Any] = [*(p for _, p in planned if p is not None), *changes]
-        moved = list(self._timed("execute", self._executor.feed, orders, self._estate, now)) if orders else []
-        if ticking:
-            moved += self._timed("execute", self._executor.tick, now, self._estate)
+        moved = (
+            list(self._timed("execute", self._executor.feed, orders, self._estate, self._now))
+            if orders
+            else []
+        )
         if decisions:
             out.changes += self._correlator.feed(decisions)
-        self._sort_out(moved, out)
-
-    def _wait(
-        self, planned: Sequence[tuple[Decision, Plan | None]], changes: Sequence[IncidentChange]
-    ) -> None:
-        """Keeps the newest plan of each runbook and incident that only a person can start."""
-        for decision, plan in planned:
-            key = f"{decision.incident}/{decision.runbook}"
-            if plan is not None and decision.decision is Verdict.SUGGEST:
-                self._waiting[key] = plan
-            else:
-                self._waiting.pop(key, None)
-        over = {c.incident.id for c in changes if c.incident.state is State.RESOLVED}
-        if over:
-            self._waiting = {k: p for k, p in self._waiting.items() if p.incident not in over}
+        return moved
 
     def _sort_out(self, moved: Sequence[Any], out: Emissions) -> None:
         """What the executor did goes back to the incident it was done for, and to the planner's limits."""
         if not moved:
             return
+        told: list[Any] = []
         for item in moved:
+            if isinstance(item, Operation):
+                out.operations.append(item)
+                continue
+            told.append(item)
             if isinstance(item, DirectiveChange):
                 out.directives.append(item)
             else:
                 out.outcomes.append(item)
-        out.changes += self._correlator.feed(list(moved))
-        followed = list(self._planner.feed(list(moved), self._estate, self._now))
-        out.decisions += [d for d, _ in followed]
+        out.changes += self._correlator.feed(told)
+        followed = list(self._planner.feed(told, self._estate, self._now))
+        if followed:
+            self._sort_out(self._carry_out(followed, (), out), out)
+
+    # --- what people say ------------------------------------------------------------------------------------------
+
+    def _command(self, order: Command, out: Emissions) -> None:
+        person = Intervention(
+            at=order.at, by=order.by, kind=order.kind, subject=order.incident, incident=order.incident,
+            values={} if order.until is None else {"until": order.until},
+        )  # fmt: skip
+        try:
+            changes = list(
+                self._correlator.command(order.kind, order.incident, order.by, order.at, order.until)
+            )
+        except ConfigError as e:
+            # Whoever took the word has looked before; between that look and now the incident moved on.
+            out.people.append(msgspec.structs.replace(person, accepted=False, reason=str(e)))
+            return
+        out.people.append(person)
+        out.changes += changes
+        self._act(changes, out, ticking=False)
+
+    def _answer(self, order: Approval, out: Emissions) -> None:
+        """To a step of a running plan if it is that, else to a plan; the planner says no to what it does not know."""
+        step = next((w for w in self._executor.waiting(self._now) if w.hash == order.waiting), None)
+        plan = next((w for w in self._planner.waiting(self._now) if w.hash == order.waiting), None)
+        known = step or plan
+        reason, values = "", dict[str, Any]()
+        if step is not None:
+            incident = self._correlator.find(step.plan.incident)
+            refused = own_change(order, incident) if order.approve and incident is not None else None
+            if refused is not None:
+                reason, values = refused.reason, {"detail": refused.detail}
+            accepted = refused is None
+            if accepted:
+                self._sort_out(self._executor.feed([order], self._estate, self._now), out)
+        else:
+            planned = list(self._planner.feed([order], self._estate, self._now))
+            accepted = any((p is not None) if order.approve else d.reason == "denied" for d, p in planned)
+            if planned and not accepted:
+                reason = planned[0][0].reason
+                values = {"detail": planned[0][0].detail}
+            self._sort_out(self._carry_out(planned, (), out), out)
+            no = next((o for o in out.outcomes if o.result == "not_accepted"), None)
+            if accepted and no is not None:
+                values = {"outcome": "not_accepted", "why": no.reason}
+        out.people.append(
+            Intervention(
+                at=order.at, by=order.by, kind="approve" if order.approve else "deny", subject=order.waiting,
+                accepted=accepted, reason=reason or ("" if accepted else "approval_unknown"), values=values,
+                incident=known.plan.incident if known else "", runbook=known.plan.runbook if known else "",
+            )
+        )  # fmt: skip
+
+    def _switch(self, order: StopChange, out: Emissions) -> None:
+        reason = ""
+        try:
+            check_scope(order.scope)
+        except ConfigError as e:
+            reason = str(e)
+        if order.change == "resume" and not reason and order.scope not in self.stops.live:
+            reason = "not_stopped"
+        if not reason:
+            planned = list(self._planner.feed([order], self._estate, self._now))
+            moved = list(self._executor.feed([order], self._estate, self._now))
+            self._sort_out([*self._carry_out(planned, (), out), *moved], out)
+        runbook = order.scope.partition(":")[2] if order.scope.startswith("runbook:") else ""
+        out.people.append(
+            Intervention(
+                at=order.at, by=order.by, kind=order.change, subject=order.scope, accepted=not reason, runbook=runbook,
+                reason=reason or order.reason,
+            )
+        )  # fmt: skip
+
+    def _let_go(self, order: Release, out: Emissions) -> None:
+        moved = list(self._executor.feed([order], self._estate, self._now))
+        self._sort_out(moved, out)
+        out.people.append(
+            Intervention(
+                at=order.at, by=order.by, kind="release", subject=order.subject or "all", accepted=bool(moved),
+                reason="" if moved else "nothing_in_force",
+            )
+        )  # fmt: skip
+
+    def _exchange(self, order: RunbookTexts, out: Emissions) -> None:
+        reason = self._reload(order)
+        out.people.append(
+            Intervention(
+                at=order.at, by=order.by, kind="runbooks", subject=f"{len(order.runbooks)} runbooks", accepted=not reason,
+                reason=reason, values={"ceiling": order.ceiling, "modes": {r.path: r.mode for r in order.runbooks}},
+            )
+        )  # fmt: skip
+
+    def _reload(self, texts: RunbookTexts) -> str:
+        """Why the set was refused; empty when it counts now. A refused one leaves what runs in place."""
+        try:
+            loaded = texts.load(actions.registry())
+        except ConfigError as e:  # read again by a version that is stricter than the one that took it
+            _log.warning("runbooks.refused", why=str(e))
+            return str(e)
+        self._texts, self._runbooks = texts, loaded
+        self._planner.reload(loaded, texts.ceiling)
+        return ""
 
     def _counted(self, out: Emissions) -> Emissions:
         c = self.counters
@@ -342,6 +504,16 @@ class Pipeline:
                 at=f"{where.filename}:{where.lineno}",
             )
             return ()
+
+
+def _own_fault(fault: Fault) -> Anomaly:
+    """What Flyball says about itself when it had to leave out a record."""
+    labels = {"sender": "flyball"}
+    return Anomaly(
+        id=anomaly_id("flyball", "stream.poison", "fault", labels, fault.at), detector="flyball", signal="stream.poison",
+        klass="fault", labels=labels, at=fault.at, since=fault.at, observed=1.0, threshold=1.0, score=1.0, n=1, unit="records",
+        evidence={"record": fault.position, "kind": fault.kind, "reason": fault.reason},
+    )  # fmt: skip
 
 
 def is_page(change: IncidentChange) -> bool:

@@ -7,27 +7,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-import msgspec
 from sqlalchemy import Connection
 
-from flyball.app.store.store import DeadLetter, LogRow
+from flyball.app.orders import Order, decode_order
+from flyball.app.store.rows import DeadLetter, LogRow
 from flyball.core.codec import decode_events
-from flyball.core.directives import Enforced
+from flyball.core.directives import Intervention
 from flyball.core.events import Batch
 
-
-class Command(msgspec.Struct, frozen=True):
-    """A person's word about an incident, as a record of the log."""
-
-    kind: str
-    incident: str
-    by: str
-    at: float
-    until: float | None = None
-
-
-Payload: TypeAlias = "Batch | float | Command | Enforced"
-"""A batch of events, the time of a tick, a person's command, an enforcement point's report."""
+Payload: TypeAlias = "Batch | float | Order"
+"""A batch of events, the time of a tick, or what people, points and hooks say."""
 
 
 @dataclass(slots=True)
@@ -43,6 +32,10 @@ class Append:
     format: str = ""
     dead: Sequence[DeadLetter] = ()
     done: Future[int] = field(default_factory=Future)
+    answer: Future[Intervention] | None = None
+    """What became of a person's word; resolved once that is durable too."""
+    also: Callable[[Connection], object] | None = None
+    """What is stored with it, in the same transaction."""
 
 
 @dataclass(slots=True)
@@ -74,6 +67,4 @@ def _payload(row: LogRow) -> Payload:
         return Batch(events=decode_events(row.body), sender=row.sender, received_at=row.received_at)
     if row.kind == "tick":
         return row.received_at
-    if row.kind == "command":
-        return msgspec.msgpack.decode(row.body, type=Command)
-    return msgspec.msgpack.decode(row.body, type=Enforced)
+    return decode_order(row.body)

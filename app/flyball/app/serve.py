@@ -22,6 +22,7 @@ from flyball.app.embedded import Embedded, Limits, Retention
 from flyball.app.http.server import create_app
 from flyball.app.logs import configure_logging
 from flyball.app.notify import AlertRouter, notifications
+from flyball.app.reload import RunbookWatch
 from flyball.app.scrape import scrapes
 from flyball.app.settings import Settings, unknown_variables
 from flyball.app.wiring import database_path, hash_key, make_formats, make_pipeline
@@ -68,8 +69,9 @@ def serve(settings: Settings) -> int:
         raise
     formats = make_formats(settings, hash_key(settings))
     runtime.start()
-    background = Background(runtime, settings)
-    app = create_app(runtime, formats, settings, background.run)
+    watch = RunbookWatch(runtime, settings)
+    background = Background(runtime, settings, watch)
+    app = create_app(runtime, formats, settings, background.run, watch)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=_GRACE_S
     )
@@ -136,20 +138,23 @@ class _Server(uvicorn.Server):
 
 
 class Background:
-    """Ticks, retention, scrapes and notifications beside the server.
+    """Ticks, retention, scrapes, runbooks, hooks and notifications beside the server.
 
     `on_failure` is called when one of them ends by an error: `failure`. The process should then end too.
     """
 
-    def __init__(self, runtime: Embedded, settings: Settings) -> None:
+    def __init__(self, runtime: Embedded, settings: Settings, watch: RunbookWatch | None = None) -> None:
         self._runtime, self._settings = runtime, settings
+        self._watch = watch or RunbookWatch(runtime, settings)
         self.on_failure: Callable[[], None] = _nothing
         self.failure: BaseException | None = None
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[None]:
+        await self._watch.look()  # the runbooks that count stand in the log before the first event
         works = [
             self._ticks(),
+            self._watch.run(),
             *notifications(self._runtime, self._settings),
             *scrapes(self._runtime, self._settings),
         ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
+
+from flyball.core.directives import Intervention
 
 
 def clock(at: float | None) -> str:
@@ -12,6 +14,26 @@ def clock(at: float | None) -> str:
 
 def labels(scope: dict[str, Any]) -> str:
     return " ".join(f"{k}={v}" for k, v in scope.items())
+
+
+_REFUSALS: Final = {
+    "approval_unknown": "nothing waits under this hash; `flyball approvals` lists what does",
+    "approval_used": "it was answered already; an answer counts once",
+    "approval_expired": "the time for an answer is over; what is right now is offered again",
+    "approval_withdrawn": "it no longer waits: its incident or a guard changed",
+    "approval_unsigned": "nobody's name is on the answer",
+    "own_change": "who made a change that belongs to the incident does not approve what answers it; another person has to",
+    "plan_changed": "its targets are others now; read what is offered again",
+    "not_stopped": "it is not stopped; `flyball stops` lists what is",
+    "nothing_in_force": "nothing of that name is in force",
+    "stage_raised": "Flyball failed over it and left it out; see `flyball doctor`",
+}
+
+
+def refusal(said: Intervention) -> str:
+    """Why a person's word was not taken, in words; what the reason does not say, its detail does."""
+    detail = str(said.values.get("detail", ""))
+    return detail or _REFUSALS.get(said.reason, said.reason.replace("_", " "))
 
 
 def replay_line(line: dict[str, Any]) -> str:
@@ -57,3 +79,33 @@ def incident_lines(i: dict[str, Any], *, why: bool) -> list[str]:
         lines += [f"    severity: {i['severity_reason']}"] if i["severity_reason"] else []
         lines += [f"    sample events: {', '.join(i['samples'])}"] if i["samples"] else []
     return lines
+
+
+def ledger_text(e: dict[str, Any]) -> str:
+    """What a line of the ledger says, in a few words: `decision refuse: cooldown`."""
+    b = e["body"]
+    if e["kind"] == "person":
+        taken = "" if b["accepted"] else "refused, "
+        return f"person {b['by']} {b['kind']} {b['subject']}: {taken}{b['reason'] or 'taken'}"
+    if e["kind"] == "operation":
+        return f"operation {b['verb']} {b['hook']}/{b['action']} attempt {b['attempt']}: {', '.join(b['targets'])}"
+    what = b.get("decision") or b.get("change") or b.get("result") or ""
+    by = f" by {b['by']}" if b.get("by", "flyball") != "flyball" else ""
+    return f"{e['kind']} {what}{by}: {b.get('reason', '')}"
+
+
+def entry_lines(e: dict[str, Any]) -> list[str]:
+    """A line of the ledger in full, one value a line."""
+    lines = [f"{e['key']}  line {e['seq']}  {clock(e['at'])}  {ledger_text(e)}"]
+    lines += [f"    {name} = {value}" for name, value in _flat(e["body"]) if value not in ("", None)]
+    return [*lines, f"    sealed by {e['hash']}"]
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        return [(prefix, value)]
+    return [
+        item
+        for name, inner in value.items()
+        for item in _flat(inner, f"{prefix}.{name}" if prefix else str(name))
+    ]

@@ -39,10 +39,14 @@ def pipeline_config(
         cooldown_s=settings.cooldown_s,
         mode=settings.mode,
         scripted=scripted,
-        runbooks=runbooks
-        if runbooks is not None
-        else load_runbooks(settings.runbooks, actions=actions.registry()),
+        dry_run=settings.dry_run,
+        runbooks=runbooks if runbooks is not None else runbooks_of(settings),
     )
+
+
+def runbooks_of(settings: Settings) -> RunbookSet:
+    """The shipped runbooks and a person's own, each with its mode here. Raises: ConfigError when any is refused."""
+    return load_runbooks(settings.runbooks, actions=actions.registry(), mode_override=settings.modes)
 
 
 def make_pipeline(

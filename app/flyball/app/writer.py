@@ -11,12 +11,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final
 
-import msgspec
 from sqlalchemy import Connection, Engine
 
+from flyball.app.board import DirectiveBoard
 from flyball.app.records import Append, Work
-from flyball.app.store import store
-from flyball.app.store.store import Commit, DeadLetter, LogRow
+from flyball.app.store import acts, store
+from flyball.app.store.rows import Commit, DeadLetter, EdgeTotals, LogRow, Skipped
+from flyball.core.directives import StopChange
 from flyball.core.errors import FlyballError
 
 _MOST_JOBS: Final = 1024
@@ -84,6 +85,7 @@ class Writer:
     Args:
         engine: of `open_writer`.
         appended: newest position of the log.
+        board: shows leases to enforcement points; it and the kill switch follow each commit at once.
         after_commit: called on the writer's thread with what is now durable, before anything is acknowledged.
     """
 
@@ -91,13 +93,15 @@ class Writer:
         self,
         engine: Engine,
         appended: int,
-        totals: store.EdgeTotals,
+        totals: EdgeTotals,
         retention: Retention,
+        board: DirectiveBoard,
         after_commit: Callable[[Stored], None],
     ) -> None:
         self._engine = engine
         self._appended = appended
         self._retention = retention
+        self._board = board
         self._after_commit = after_commit
         self.received, self.rejected = Counter(totals.received), Counter(totals.rejected)
         self._log_bytes = totals.log_bytes
@@ -181,23 +185,35 @@ class Writer:
             if a.format:
                 self.received[a.format] += a.n
         dead = [d for a in appends for d in a.dead]
+        dead += [_letter(r) for c in commits for r in c.skipped]
         for d in dead:
             self.rejected[d.reason] += d.n
         with connection.begin():
             if rows:
                 store.append_log(connection, rows)
+            if rows or dead:
                 store.append_dead_letters(connection, self._affordable(dead))
                 store.put_edge(connection, self.received, self.rejected)
+            draft = self._board.draft()
             for job in jobs:
                 if isinstance(job, Commit):
-                    store.apply_commit(connection, job)
+                    store.apply_commit(connection, job, [(m, draft.move(m)) for m in job.directives])
                 elif isinstance(job, Work):
                     job.run(connection)
+                elif job.also is not None:
+                    job.also(connection)
+                elif isinstance(job.payload, StopChange):
+                    draft.switch(job.payload)
+                    acts.put_stops(connection, draft.stops)
+                    acts.show_directives(connection, draft.shown)
         size = sum(len(r.body) for r in rows)
         self._log_bytes += size
         if rows:
             self._appended = rows[-1].id
             self.hold(-size)
+        if draft.changed:
+            # The kill switch acts from here on, whatever the stages are at.
+            self._board.publish(draft)
         self._after_commit(Stored(appends, rows, commits))
         for a, r in zip(appends, rows, strict=True):
             _resolve(a.done, r.id)
@@ -252,11 +268,15 @@ class Writer:
                 job.done.set_exception(Stopped("the log cannot be written; nothing was stored"))
 
 
+def _letter(record: Skipped) -> DeadLetter:
+    """A record that was left out keeps its bytes like anything that could not be taken."""
+    return DeadLetter(
+        record.at, record.sender, record.kind, "stage_raised", f"record {record.position}: {record.reason}",
+        len(record.body), record.body, record.n,
+    )  # fmt: skip
+
+
 def _resolve(done: Future[int] | Future[None], value: int | None) -> None:
     """Sets a result unless the asker has left: a cancelled request must not stop the writer."""
     if done.set_running_or_notify_cancel():
         done.set_result(value)  # type: ignore[arg-type]
-
-
-def encode(value: msgspec.Struct) -> bytes:
-    return msgspec.msgpack.encode(value)

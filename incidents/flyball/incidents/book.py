@@ -75,6 +75,11 @@ class Book:
     def open_incidents(self) -> list[Incident]:
         return sorted((c.incident for c in self._open.values()), key=lambda i: (i.at, i.id))
 
+    def find(self, incident_id: str) -> Incident | None:
+        """One that is open or not yet forgotten."""
+        case = self._case(incident_id)
+        return case.incident if case is not None else None
+
     def incidents(self, limit: int = 100) -> list[Incident]:
         """Open ones first, then resolved ones, newest first."""
         closed = sorted(

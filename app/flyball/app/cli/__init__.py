@@ -9,7 +9,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from flyball.app.cli import hook, lab, look, replay, run, runbook, setup
+from flyball.app.cli import hook, lab, ledger, look, replay, run, runbook, setup
 from flyball.app.cli._common import Unreachable
 from flyball.app.logs import configure_logging
 from flyball.core.errors import FlyballError
@@ -52,6 +52,7 @@ def _first(context: typer.Context) -> None:
 run.add_to(app)
 replay.add_to(app)
 look.add_to(app)
+ledger.add_to(app)
 setup.add_to(app)
 lab.add_to(app)
 hook.add_to(app)

@@ -7,13 +7,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import httpx
 import msgspec
 import typer
 
-from flyball.core.errors import FlyballError
+from flyball.core.errors import ConfigError, FlyballError
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
 
 DEFAULT_URL = "http://127.0.0.1:4390"
 
@@ -26,6 +29,12 @@ Url = Annotated[
     str,
     typer.Option(
         "--url", envvar="FLYBALL_URL", help="Address of a running Flyball.", show_default=DEFAULT_URL
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", help="Read this data folder instead of asking a running Flyball.", show_default=""
     ),
 ]
 TokenOption = Annotated[
@@ -61,6 +70,41 @@ def client(url: str, token: str) -> Iterator[httpx.Client]:
                 f"{url} says {e.response.status_code}: {detail}; give a token with --token"
             ) from e
         raise FlyballError(f"{url} says {e.response.status_code}: {detail}") from e
+
+
+def get(url: str, token: str, path: str, **params: Any) -> Any:
+    with client(url, token) as c:
+        response = c.get(path, params=params)
+        response.raise_for_status()
+        return response.json()
+
+
+def post(url: str, token: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """What a running Flyball says to a person's word; 202 means that it is taken and its consequences follow."""
+    with client(url, token) as c:
+        response = c.post(path, json=body)
+        response.raise_for_status()
+        answer: dict[str, Any] = response.json()
+        return answer
+
+
+@contextmanager
+def database(data: Path) -> Iterator[Connection]:
+    """The database of a data folder, to be read, also beside a running Flyball."""
+    from flyball.app.store.sqlite import open_reader
+    from flyball.app.wiring import database_path
+
+    path = database_path(data)
+    if not path.exists():
+        raise ConfigError(
+            "holds no Flyball database; name the folder that `flyball run --data` uses", where=str(data)
+        )
+    engine = open_reader(path)
+    try:
+        with engine.connect() as c:
+            yield c
+    finally:
+        engine.dispose()
 
 
 def _detail(response: httpx.Response) -> str:

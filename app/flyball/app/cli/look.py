@@ -1,27 +1,25 @@
-"""`flyball status`, `flyball incident …`, `flyball ledger …`, `flyball dead-letters …`: looking at what is and was."""
+"""`flyball status`, `flyball incident …`, `flyball dead-letters …`: looking at what is and was."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from flyball.app.cli._common import DEFAULT_URL, AsJson, TokenOption, Url, client, print_json
+from flyball.app.cli._common import (
+    DEFAULT_URL,
+    AsJson,
+    Data,
+    TokenOption,
+    Url,
+    client,
+    database,
+    get,
+    print_json,
+)
 from flyball.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from sqlalchemy import Connection
-
-Data = Annotated[
-    Path | None,
-    typer.Option(
-        "--data", help="Read this data folder instead of asking a running Flyball.", show_default=""
-    ),
-]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -37,10 +35,6 @@ def add_to(app: typer.Typer) -> None:
         incident.command(kind, help=help_text + _examples(kind))(_commander(kind))
     incident.command("silence")(incident_silence)
     app.add_typer(incident, name="incident")
-    ledger = typer.Typer(help="The durable record of every decision and action.", no_args_is_help=True)
-    ledger.command("list")(ledger_list)
-    ledger.command("verify")(ledger_verify)
-    app.add_typer(ledger, name="ledger")
     letters = typer.Typer(help="What could not be taken.", no_args_is_help=True)
     letters.command("list")(dead_letters_list)
     app.add_typer(letters, name="dead-letters")
@@ -48,24 +42,6 @@ def add_to(app: typer.Typer) -> None:
 
 def _examples(kind: str) -> str:
     return f"\n\nExamples:\n\n  flyball incident {kind} INC-7QF3XK2A\n\n  flyball incident {kind} INC-7QF3XK2A --url http://127.0.0.1:4390"
-
-
-@contextmanager
-def _database(data: Path) -> Iterator[Connection]:
-    from flyball.app.store.sqlite import open_reader
-    from flyball.app.wiring import database_path
-
-    path = database_path(data)
-    if not path.exists():
-        raise ConfigError(
-            "holds no Flyball database; name the folder that `flyball run --data` uses", where=str(data)
-        )
-    engine = open_reader(path)
-    try:
-        with engine.connect() as c:
-            yield c
-    finally:
-        engine.dispose()
 
 
 def status(
@@ -79,7 +55,7 @@ def status(
 
       flyball status --data flyball-data --json
     """
-    found = _offline_status(data) if data is not None else _get(url, token, "/v1/status")
+    found = _offline_status(data) if data is not None else get(url, token, "/v1/status")
     if as_json:
         print_json(found)
         return
@@ -90,6 +66,14 @@ def status(
     print(f"not counted {found['duplicates']:,} copies, {found['late']:,} late; rejected: {rejected}")
     print(f"incidents   {incidents}; {found['pages']} pages")
     print(f"directives  {found['directives']} granted, {found['live_directives']} in force")
+    if found["stopped"]:
+        print(f"STOPPED     {', '.join(found['stopped'])}; take it back: flyball resume SCOPE")
+    if found.get("waiting"):
+        print(f"approvals   {found['waiting']} wait for a person: flyball approvals")
+    if found.get("runbooks_refused"):
+        print("runbooks    newer files are refused, the set before them runs: flyball doctor")
+    if found["left_out"]:
+        print(f"LEFT OUT    {found['left_out']} records that a stage failed over: flyball doctor")
     print(f"position    {found['position']}, {found['lag_bytes']:,} bytes unread")
     for kind, why in found["disabled_detectors"].items():
         print(f"detector {kind} is switched off: {why}")
@@ -98,28 +82,23 @@ def status(
 def _offline_status(data: Path) -> dict[str, Any]:
     from flyball.app.clock import SystemClock
     from flyball.app.http.read import assemble_status
-    from flyball.app.store import store
+    from flyball.app.store import acts, store
 
-    with _database(data) as c:
+    with database(data) as c:
         position = store.position(c)
         oldest = store.oldest_unread(c, position)
         lag_s = SystemClock().now() - oldest if oldest is not None else 0.0
         return assemble_status(
             store.counters(c), store.edge(c).rejected, store.incident_counts(c), position,
-            lag_s, store.backlog_bytes(c, position), len(store.live_directives(c)),
+            lag_s, store.backlog_bytes(c, position), len(acts.live_directives(c)), acts.skipped_count(c),
+            list(acts.live_stops(c).live),
         )  # fmt: skip
-
-
-def _get(url: str, token: str, path: str, **params: Any) -> Any:
-    with client(url, token) as c:
-        response = c.get(path, params=params)
-        response.raise_for_status()
-        return response.json()
 
 
 def incident_list(
     url: Url = DEFAULT_URL,
     token: TokenOption = "",
+    data: Data = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="How many at most.")] = 20,
     as_json: AsJson = False,
 ) -> None:
@@ -129,11 +108,14 @@ def incident_list(
 
       flyball incident list
 
-      flyball incident list --limit 100 --json
+      flyball incident list --data flyball-data --limit 100 --json
     """
     from flyball.app.text import clock
 
-    for i in _get(url, token, "/v1/incidents", limit=limit):
+    found = (
+        _offline_incidents(data, limit) if data is not None else get(url, token, "/v1/incidents", limit=limit)
+    )
+    for i in found:
         if as_json:
             print_json(i)
         else:
@@ -145,6 +127,7 @@ def incident_show(
     incident: Annotated[str, typer.Argument(help="Id, as in the alert.")],
     url: Url = DEFAULT_URL,
     token: TokenOption = "",
+    data: Data = None,
     why: Annotated[bool, typer.Option("--why", help="Every figure with the evidence behind it.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -154,16 +137,37 @@ def incident_show(
 
       flyball incident show INC-7QF3XK2A
 
-      flyball incident show INC-7QF3XK2A --why
+      flyball incident show INC-7QF3XK2A --why --data flyball-data
     """
     from flyball.app.text import incident_lines
 
-    found = _get(url, token, f"/v1/incidents/{incident}")
+    if data is not None:
+        found = _offline_incident(data, incident)
+    else:
+        found = get(url, token, f"/v1/incidents/{incident}")
     if as_json:
         print_json(found)
         return
     for line in incident_lines(found, why=why):
         print(line)
+
+
+def _offline_incidents(data: Path, limit: int) -> list[dict[str, Any]]:
+    from flyball.app import views
+    from flyball.app.store import store
+
+    with database(data) as c:
+        return [views.incident(i) for i in store.list_incidents(c, limit)]
+
+
+def _offline_incident(data: Path, incident: str) -> dict[str, Any]:
+    from flyball.app.http.read import assemble_incident
+
+    with database(data) as c:
+        found = assemble_incident(c, incident)
+    if found is None:
+        raise ConfigError(f"no incident {incident!r}; `flyball incident list --data {data}` lists them")
+    return found
 
 
 def _commander(kind: str) -> Any:
@@ -201,56 +205,6 @@ def _post_command(url: str, token: str, incident: str, body: dict[str, Any]) -> 
     print(f"{incident}: {body['kind']} taken")
 
 
-def ledger_list(
-    data: Annotated[Path, typer.Option("--data", help="Data folder.")] = Path("flyball-data"),
-    incident: Annotated[str, typer.Option(help="Only of this incident.")] = "",
-    as_json: AsJson = False,
-) -> None:
-    """Every decision and action, refusals included, oldest first.
-
-    Examples:
-
-      flyball ledger list --data flyball-data
-
-      flyball ledger list --incident INC-7QF3XK2A --json
-    """
-    from flyball.app.store import store
-    from flyball.app.text import clock
-
-    with _database(data) as c:
-        entries = store.list_ledger(c, incident)
-    for e in entries:
-        if as_json:
-            print_json(e)
-        else:
-            b = e["body"]
-            what = b.get("decision") or b.get("change") or b.get("result") or ""
-            print(
-                f"{clock(e['at'])}  {e['incident']}  {e['runbook']}  {e['kind']} {what}: {b.get('reason', '')}"
-            )
-
-
-def ledger_verify(
-    data: Annotated[Path, typer.Option("--data", help="Data folder.")] = Path("flyball-data"),
-) -> None:
-    """Checks the chain of hashes: every line seals all before it. Exit code 1 when one was changed or removed.
-
-    Examples:
-
-      flyball ledger verify
-
-      flyball ledger verify --data /var/lib/flyball
-    """
-    from flyball.app.store import store
-
-    with _database(data) as c:
-        broken = store.verify_ledger(c)
-    if broken is not None:
-        print(f"the ledger was changed at or before line {broken}")
-        raise typer.Exit(1)
-    print("the ledger is whole")
-
-
 def dead_letters_list(
     url: Url = DEFAULT_URL,
     token: TokenOption = "",
@@ -267,7 +221,7 @@ def dead_letters_list(
     """
     from flyball.app.text import clock
 
-    for letter in _get(url, token, "/v1/dead-letters", limit=limit):
+    for letter in get(url, token, "/v1/dead-letters", limit=limit):
         if as_json:
             print_json(letter)
             continue

@@ -21,7 +21,7 @@ from flyball.app.http.auth import Auth
 from flyball.app.http.body import decompress, read_body
 from flyball.app.scrub import scrub
 from flyball.app.settings import Settings
-from flyball.app.store.store import DeadLetter
+from flyball.app.store.rows import DeadLetter
 from flyball.core.codec import encode_events
 from flyball.core.ports import Decoded, Format, Rejected
 

@@ -1,29 +1,22 @@
-"""What people and enforcement points read: status, incidents, directives, approvals, dead letters, metrics."""
+"""What people and enforcement points read: status, incidents, directives, dead letters, metrics."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query, Request, Response
 from pydantic import BaseModel, Field
+from sqlalchemy import Connection
 
 from flyball.app import views
-from flyball.app.embedded import Command, Embedded
+from flyball.app.embedded import Embedded
 from flyball.app.http.answers import json_response
 from flyball.app.http.auth import Auth
 from flyball.app.metrics import exposition
-from flyball.app.store import store
+from flyball.app.store import ledger, store
 from flyball.core.directives import Enforced
-from flyball.core.incident import State
-
-
-class CommandBody(BaseModel):
-    """A person's word about an incident."""
-
-    kind: Literal["ack", "resolve", "silence", "reopen"]
-    for_s: float = Field(3600.0, gt=0, le=7 * 86_400, description="How long a silence lasts, seconds.")
 
 
 class EnforcedBody(BaseModel):
@@ -46,7 +39,13 @@ def status(runtime: Embedded) -> dict[str, Any]:
         runtime.position,
         *runtime.lag(),
         len(runtime.board.read()[1]),
-    ) | {"clock_skew": runtime.figures.clock_skew_s, "ready": runtime.ready}
+        runtime.faults,
+        [s.scope for s in runtime.switchboard.stops.live.values()],
+    ) | {
+        "clock_skew": runtime.figures.clock_skew_s,
+        "ready": runtime.ready,
+        "waiting": len(runtime.figures.waiting),
+    }
 
 
 def assemble_status(
@@ -57,6 +56,8 @@ def assemble_status(
     lag_s: float,
     lag_bytes: int,
     live_directives: int,
+    left_out: int,
+    stopped: list[str],
 ) -> dict[str, Any]:
     return {
         "events": counters.get("events", {}),
@@ -67,6 +68,8 @@ def assemble_status(
         "pages": counters.get("pages", 0),
         "directives": counters.get("directives", 0),
         "live_directives": live_directives,
+        "stopped": stopped,
+        "left_out": left_out,
         "lag_s": lag_s,
         "lag_bytes": lag_bytes,
         "position": position,
@@ -77,6 +80,15 @@ def assemble_status(
         "watermark": counters.get("watermark", 0.0),
         "disabled_detectors": counters.get("disabled", {}),
     }
+
+
+def assemble_incident(c: Connection, incident_id: str) -> dict[str, Any] | None:
+    """One incident with its history and its lines of the ledger; None when there is none."""
+    found = store.get_incident(c, incident_id)
+    if found is None:
+        return None
+    history, entries = store.changes_of(c, incident_id), ledger.list_ledger(c, incident_id)
+    return views.incident(found) | {"history": history, "ledger": entries}
 
 
 def router(runtime: Embedded, auth: Auth) -> APIRouter:
@@ -114,26 +126,10 @@ def router(runtime: Embedded, auth: Auth) -> APIRouter:
     def incident(request: Request, incident_id: str) -> Response:
         auth.check(request, "read")
         with runtime.reader.connect() as c:
-            found = store.get_incident(c, incident_id)
-            if found is None:
-                raise HTTPException(404, f"no incident {incident_id!r}; `GET /v1/incidents` lists them")
-            history, entries = store.changes_of(c, incident_id), store.list_ledger(c, incident_id)
-        return json_response(views.incident(found) | {"history": history, "ledger": entries})
-
-    @r.post("/v1/incidents/{incident_id}", summary="Acknowledge, resolve, silence or reopen")
-    async def command(request: Request, incident_id: str, body: CommandBody) -> Response:
-        who = auth.check(request, "operate")
-        with runtime.reader.connect() as c:
-            found = store.get_incident(c, incident_id)
+            found = assemble_incident(c, incident_id)
         if found is None:
             raise HTTPException(404, f"no incident {incident_id!r}; `GET /v1/incidents` lists them")
-        refusal = _refusal(body.kind, found.state)
-        if refusal:
-            raise HTTPException(409, refusal)
-        now = runtime.clock.now()
-        until = now + body.for_s if body.kind == "silence" else None
-        await asyncio.wrap_future(runtime.command(Command(body.kind, incident_id, who, now, until)))
-        return json_response({"accepted": True, "incident": incident_id, "kind": body.kind}, 202)
+        return json_response(found)
 
     @r.get("/v1/directives", summary="Leases in force; ETag, If-None-Match, ?wait=SECONDS")
     async def directives(request: Request, wait: Annotated[float, Query(ge=0, le=60)] = 0.0) -> Response:
@@ -151,13 +147,8 @@ def router(runtime: Embedded, auth: Auth) -> APIRouter:
     async def enforced(request: Request, body: EnforcedBody) -> Response:
         auth.check(request, "enforce")
         report = Enforced(point=body.point, at=runtime.clock.now(), directives=body.directives)
-        await asyncio.wrap_future(runtime.enforced(report))
+        await asyncio.wrap_future(runtime.order(report))
         return json_response({"accepted": True}, 202)
-
-    @r.get("/v1/approvals", summary="Plans that wait for a person")
-    async def approvals(request: Request) -> Response:
-        auth.check(request, "operate")
-        return json_response(runtime.figures.waiting)
 
     @r.get("/v1/dead-letters", summary="What could not be taken, newest first")
     def dead_letters(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
@@ -170,12 +161,3 @@ def router(runtime: Embedded, auth: Auth) -> APIRouter:
         return json_response(found)
 
     return r
-
-
-def _refusal(kind: str, state: State) -> str:
-    resolved = state is State.RESOLVED
-    if resolved and kind in ("ack", "resolve", "silence"):
-        return f"the incident is resolved; {kind} works on open ones"
-    if not resolved and kind == "reopen":
-        return f"the incident is {state.value}; only a resolved one can be reopened"
-    return ""

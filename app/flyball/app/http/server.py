@@ -13,10 +13,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flyball.app.embedded import Embedded, Overloaded, Stopped
-from flyball.app.http import ingest, read
+from flyball.app.http import act, ingest, read
 from flyball.app.http.answers import json_response
 from flyball.app.http.auth import Auth
 from flyball.app.http.body import BodyError
+from flyball.app.reload import RunbookWatch
 from flyball.app.settings import Settings
 from flyball.core.ports import Format
 
@@ -28,9 +29,11 @@ _SMALL_BODY: Final = 1 << 20
 
 
 def create_app(
-    runtime: Embedded, formats: Mapping[str, Format], settings: Settings, background: Background | None = None
-) -> FastAPI:
+    runtime: Embedded, formats: Mapping[str, Format], settings: Settings, background: Background | None = None,
+    watch: RunbookWatch | None = None,
+) -> FastAPI:  # fmt: skip
     """Args:
+    watch: of the files with runbooks, for what is wrong with them.
     background: what runs beside the server (ticks, scrapes, notifications) for as long as it is entered.
     """
 
@@ -46,6 +49,7 @@ def create_app(
     auth = Auth(settings.tokens)
     app.include_router(ingest.router(ingest.Ingest(runtime, formats, settings, auth)))
     app.include_router(read.router(runtime, auth))
+    app.include_router(act.router(runtime, auth, watch or RunbookWatch(runtime, settings)))
     app.add_middleware(SmallBodies)
     _answer_errors(app)
     return app

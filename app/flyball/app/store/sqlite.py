@@ -10,14 +10,15 @@ import sqlite3
 from pathlib import Path
 from typing import Any, Final
 
-from sqlalchemy import Engine, create_engine, event, select
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, select
+from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import NullPool, QueuePool
 
 from flyball.app.store.tables import meta, metadata
 from flyball.core.errors import ConfigError
 
-SCHEMA_VERSION: Final = "1"
+SCHEMA_VERSION: Final = "2"
 WAL_RESET_FAULT_FIXED: Final = (3, 51, 3)
 
 
@@ -57,20 +58,28 @@ def open_writer(path: Path, synchronous: str = "full") -> Engine:
 
     try:
         with engine.begin() as connection:
+            _refuse_others(connection, path)
             metadata.create_all(connection)
-            found = connection.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar()
-            if found is None:
-                connection.execute(meta.insert().values(key="schema", value=SCHEMA_VERSION))
-            elif found != SCHEMA_VERSION:
-                raise ConfigError(
-                    f"is of schema {found}, this Flyball needs {SCHEMA_VERSION}; use the version that made it",
-                    where=str(path),
-                )
+            values = {"key": "schema", "value": SCHEMA_VERSION}
+            connection.execute(upsert(meta).values(values).on_conflict_do_nothing())
     except DatabaseError as e:
         raise ConfigError(
             f"cannot be used as a database ({e.orig}); move it away or set another `data`", where=str(path)
         ) from e
     return engine
+
+
+def _refuse_others(connection: Connection, path: Path) -> None:
+    """Before anything is written: a database of another schema stays as it is."""
+    if not inspect(connection).has_table(meta.name):
+        return
+    found = connection.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar()
+    if found is not None and found != SCHEMA_VERSION:
+        raise ConfigError(
+            f"is of schema {found}, this Flyball needs {SCHEMA_VERSION} and changes no other; "
+            "set another `data` folder, or use the version that made it",
+            where=str(path),
+        )
 
 
 def open_reader(path: Path) -> Engine:

@@ -4,130 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Engine, delete, func, insert, select, update
+from sqlalchemy import Connection, Engine, delete, func, insert, select
 from sqlalchemy.dialects.sqlite import insert as upsert
 
-from flyball.app.store.tables import (
-    dead_letters,
-    directives,
-    incident_changes,
-    incidents,
-    ledger,
-    log,
-    meta,
-    outbox,
-    snapshots,
-)
-from flyball.core.directives import Decision, Directive, DirectiveChange, LedgerEntry, Outcome
-from flyball.core.ids import short_id
+from flyball.app.store.acts import put_directive, put_skipped
+from flyball.app.store.ledger import put_entry
+from flyball.app.store.operations import put_operation
+from flyball.app.store.outbox import put_outbox
+from flyball.app.store.rows import Commit, DeadLetter, EdgeTotals, LogRow, Removed
+from flyball.app.store.tables import dead_letters, incident_changes, incidents, log, meta, snapshots
+from flyball.core.directives import Directive, DirectiveChange
 from flyball.core.incident import Incident, IncidentChange, State
-
-
-@dataclass(frozen=True, slots=True)
-class LogRow:
-    """One record of the log as stored. `id` is its position."""
-
-    id: int
-    kind: str
-    received_at: float
-    sender: str
-    n: int
-    body: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class DeadLetter:
-    """What could not be taken, with its bytes unless a setting says otherwise. `n` events share it when a body was mostly bad."""
-
-    at: float
-    sender: str
-    format: str
-    reason: str
-    detail: str
-    size: int
-    body: bytes | None
-    n: int = 1
-
-    def without_bytes(self) -> DeadLetter:
-        return replace(self, body=None)
-
-
-@dataclass(frozen=True, slots=True)
-class EdgeTotals:
-    """What the edge has counted since the beginning, and what it holds on disk now."""
-
-    received: dict[str, int]
-    """Events by format."""
-    rejected: dict[str, int]
-    """Events by reason."""
-    log_bytes: int
-    dead: int
-    dead_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Removed:
-    rows: int
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class OutboxRow:
-    """One message for one channel. `id` depends on incident, channel and revision: the same one is never stored twice."""
-
-    id: str
-    incident: str
-    revision: int
-    channel: str
-    created_at: float
-    due_at: float
-    why: str
-    body: bytes
-    attempts: int = 0
-
-
-@dataclass(slots=True)
-class Commit:
-    """All that one stretch of the log led to; stored together with the position behind it, or not at all."""
-
-    position: int
-    changes: list[IncidentChange] = field(default_factory=list)
-    entries: list[LedgerEntry] = field(default_factory=list)
-    directives: list[DirectiveChange] = field(default_factory=list)
-    outbox: list[OutboxRow] = field(default_factory=list)
-    snapshot: bytes | None = None
-    counters: dict[str, Any] | None = None
-    at: float = 0.0
-
-
-def entry_of(item: Decision | DirectiveChange | Outcome) -> LedgerEntry:
-    """The ledger's line for what was decided or done; its key is the same in every replay."""
-    body = msgspec.to_builtins(item)
-    if isinstance(item, Decision):
-        key = short_id(
-            "DEC", item.incident, item.runbook, item.decision, item.reason, item.at, item.plan_hash, length=14
-        )
-        return LedgerEntry(
-            key=key, at=item.at, kind="decision", incident=item.incident, runbook=item.runbook, body=body
-        )
-    if isinstance(item, DirectiveChange):
-        d = item.directive
-        key = short_id("DIR", d.id, d.epoch, item.change, item.at, length=14)
-        return LedgerEntry(
-            key=key, at=item.at, kind="directive", incident=d.incident, runbook=d.runbook, body=body
-        )
-    key = short_id(
-        "OUT", item.incident, item.runbook, item.step, item.result, item.at, item.directive, length=14
-    )
-    return LedgerEntry(
-        key=key, at=item.at, kind="outcome", incident=item.incident, runbook=item.runbook, body=body
-    )
-
 
 # --- writing: only ever on the writer's connection -----------------------------------------------------------------
 
@@ -165,17 +55,25 @@ def append_dead_letters(c: Connection, letters: Sequence[DeadLetter]) -> None:
     )  # fmt: skip
 
 
-def apply_commit(c: Connection, commit: Commit) -> None:
-    """Everything of `commit`, inside the caller's transaction."""
+def apply_commit(
+    c: Connection, commit: Commit, shown: Sequence[tuple[DirectiveChange, Directive | None]] = ()
+) -> None:
+    """Everything of `commit`, inside the caller's transaction.
+
+    Args:
+        shown: the commit's directives, each with what enforcement points see of it.
+    """
     for change in commit.changes:
         _put_incident(c, change)
     for entry in commit.entries:
-        _put_entry(c, entry)
-    for moved in commit.directives:
-        _put_directive(c, moved)
+        put_entry(c, entry)
+    for moved, visible in shown:
+        put_directive(c, moved, visible)
     for row in commit.outbox:
-        values = {k: getattr(row, k) for k in OutboxRow.__slots__} | {"state": "pending", "receipt": ""}
-        c.execute(upsert(outbox).values(values).on_conflict_do_nothing())
+        put_outbox(c, row)
+    for operation in commit.operations:
+        put_operation(c, operation)
+    put_skipped(c, commit.skipped)
     if commit.snapshot is not None:
         c.execute(
             upsert(snapshots)
@@ -211,32 +109,6 @@ def _put_incident(c: Connection, change: IncidentChange) -> None:
                 revision=i.revision,
             )
         )
-
-
-def _put_entry(c: Connection, entry: LedgerEntry) -> None:
-    previous = c.execute(select(ledger.c.hash).order_by(ledger.c.seq.desc()).limit(1)).scalar() or b""
-    body = msgspec.json.encode(entry.body, order="sorted")
-    values = {k: getattr(entry, k) for k in ("key", "at", "kind", "incident", "runbook")}
-    c.execute(
-        upsert(ledger)
-        .values(**values, body=body, hash=ledger_hash(previous, list(values.values()), body))
-        .on_conflict_do_nothing()
-    )
-
-
-def ledger_hash(previous: bytes, columns: list[Any], body: bytes) -> bytes:
-    """Each line seals all before it: changing or removing one breaks every later hash. `columns`: all but sequence, body and hash."""
-    sealed = msgspec.json.encode(columns)
-    return blake2b(previous + sealed + b"\0" + body, digest_size=32).digest()
-
-
-def _put_directive(c: Connection, moved: DirectiveChange) -> None:
-    d = moved.directive
-    values = {
-        "id": d.id, "epoch": d.epoch, "expires_at": d.expires_at, "change": moved.change, "reason": moved.reason,
-        "ended_at": moved.at if moved.change in ("released", "expired") else None, "body": msgspec.json.encode(d),
-    }  # fmt: skip
-    c.execute(upsert(directives).values(values).on_conflict_do_update(index_elements=["id"], set_=values))
 
 
 def put_meta(c: Connection, key: str, value: str) -> None:
@@ -372,12 +244,28 @@ def list_incidents(c: Connection, limit: int = 100, after: str = "") -> list[Inc
     if after:
         seq = select(incidents.c.seq).where(incidents.c.id == after).scalar_subquery()
         query = query.where(incidents.c.seq < seq)
-    return [msgspec.json.decode(b, type=Incident) for (b,) in c.execute(query)]
+    return [_incident_of(b) for (b,) in c.execute(query)]
 
 
 def get_incident(c: Connection, incident_id: str) -> Incident | None:
     body = c.execute(select(incidents.c.body).where(incidents.c.id == incident_id)).scalar()
-    return msgspec.json.decode(body, type=Incident) if body else None
+    return _incident_of(body) if body else None
+
+
+def _incident_of(body: bytes) -> Incident:
+    """An incident as stored. JSON has no NaN: such a figure was stored as null by earlier versions, and is left out here."""
+    try:
+        return msgspec.json.decode(body, type=Incident)
+    except msgspec.ValidationError:
+        return msgspec.convert(_without_nulls(json.loads(body)), Incident)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [0.0 if v is None else _without_nulls(v) for v in value]
+    return value
 
 
 def changes_of(c: Connection, incident_id: str) -> list[dict[str, Any]]:
@@ -395,41 +283,6 @@ def incident_counts(c: Connection) -> dict[str, int]:
     return found
 
 
-def live_directives(c: Connection) -> list[Directive]:
-    query = select(directives.c.body).where(directives.c.ended_at.is_(None)).order_by(directives.c.id)
-    return [msgspec.json.decode(b, type=Directive) for (b,) in c.execute(query)]
-
-
-def list_ledger(c: Connection, incident: str = "", limit: int = 1000) -> list[dict[str, Any]]:
-    query = select(
-        ledger.c.seq,
-        ledger.c.key,
-        ledger.c.at,
-        ledger.c.kind,
-        ledger.c.incident,
-        ledger.c.runbook,
-        ledger.c.body,
-    )
-    if incident:
-        query = query.where(ledger.c.incident == incident)
-    rows = c.execute(query.order_by(ledger.c.seq).limit(limit))
-    names = ("seq", "key", "at", "kind", "incident", "runbook")
-    return [dict(zip(names, r[:6], strict=True)) | {"body": json.loads(r[6])} for r in rows]
-
-
-def verify_ledger(c: Connection) -> int | None:
-    """None when every hash holds, else the first broken `seq`."""
-    previous = b""
-    t = ledger.c
-    query = select(t.seq, t.key, t.at, t.kind, t.incident, t.runbook, t.body, t.hash)
-    for seq, *columns, body, found in c.execute(query.order_by(t.seq)):
-        # Who changes a line by hand may leave text where bytes were.
-        if ledger_hash(previous, columns, body if isinstance(body, bytes) else str(body).encode()) != found:
-            return int(seq)
-        previous = found
-    return None
-
-
 def list_dead_letters(c: Connection, limit: int = 100) -> list[dict[str, Any]]:
     t = dead_letters.c
     rows = c.execute(
@@ -439,49 +292,3 @@ def list_dead_letters(c: Connection, limit: int = 100) -> list[dict[str, Any]]:
     )
     names = ("id", "at", "sender", "format", "reason", "detail", "size", "body")
     return [dict(zip(names, r, strict=True)) for r in rows]
-
-
-def due_outbox(c: Connection, now: float, limit: int) -> list[tuple[OutboxRow, str]]:
-    """Rows whose time has come, oldest first, each with the last receipt of its incident and channel."""
-    t, sent = outbox.c, outbox.alias()
-    receipt = (
-        select(sent.c.receipt)
-        .where(sent.c.incident == t.incident, sent.c.channel == t.channel, sent.c.receipt != "")
-        .order_by(sent.c.revision.desc())
-        .limit(1)
-        .scalar_subquery()
-    )
-    rows = c.execute(
-        select(
-            t.id, t.incident, t.revision, t.channel, t.created_at, t.due_at, t.why, t.body, t.attempts,
-            func.coalesce(receipt, ""),
-        )
-        .where(t.state == "pending", t.due_at <= now)
-        .order_by(t.created_at, t.id)
-        .limit(limit)
-    )  # fmt: skip
-    return [(OutboxRow(*r[:-1]), r[-1]) for r in rows]
-
-
-def finish_outbox(
-    c: Connection, row_id: str, *, state: str, receipt: str = "", repeat_at: float | None = None
-) -> None:
-    """The row is done, or with `repeat_at` comes back then (unless a newer one supersedes it)."""
-    values: dict[str, Any] = {"state": state}
-    if receipt:
-        values["receipt"] = receipt
-    if repeat_at is not None:
-        values |= {"state": "pending", "due_at": repeat_at, "attempts": 0}
-    c.execute(update(outbox).where(outbox.c.id == row_id).values(values))
-
-
-def postpone_outbox(c: Connection, row_id: str, at: float) -> None:
-    c.execute(update(outbox).where(outbox.c.id == row_id).values(due_at=at, attempts=outbox.c.attempts + 1))
-
-
-def channels_told(c: Connection) -> dict[str, set[str]]:
-    """Incident id → channels that had something of it."""
-    told: dict[str, set[str]] = {}
-    for incident, channel in c.execute(select(outbox.c.incident, outbox.c.channel).distinct()):
-        told.setdefault(incident, set()).add(channel)
-    return told

@@ -10,7 +10,7 @@ log = Table(
     "log",
     metadata,
     Column("id", Integer, primary_key=True),
-    Column("kind", String, nullable=False),  # events, tick, command, enforced
+    Column("kind", String, nullable=False),  # events, tick, order
     Column("received_at", Float, nullable=False),
     Column("sender", String, nullable=False),
     Column("n", Integer, nullable=False),
@@ -77,6 +77,40 @@ directives = Table(
     Column("change", String, nullable=False),
     Column("reason", Text, nullable=False),
     Column("body", LargeBinary, nullable=False),
+    Column("shown", LargeBinary),  # as enforcement points see it; empty while a stop keeps it from them
+)
+
+stops = Table(
+    "stops",
+    metadata,
+    Column("scope", String, primary_key=True),
+    Column("body", LargeBinary, nullable=False),
+)
+
+operations = Table(
+    "operations",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("verb", String, primary_key=True),
+    Column("attempt", Integer, nullable=False),
+    Column("hook", String, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("due_at", Float, nullable=False),
+    Column("state", String, nullable=False),  # reserved, sending, asking, done
+    Column("since", Float, nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("told", String, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Index("operations_due", "state", "due_at"),
+)
+
+skipped = Table(
+    "skipped",
+    metadata,
+    Column("position", Integer, primary_key=True),
+    Column("at", Float, nullable=False),
+    Column("kind", String, nullable=False),
+    Column("reason", Text, nullable=False),
 )
 
 outbox = Table(
