@@ -160,12 +160,12 @@ def _latency_bound(stage: Stage | None, step: PlanStep, settings: VerifySettings
 
 def _unrefused(stage: Stage, now: float, settings: VerifySettings) -> Answer:
     """Whether points hold the limit and had nothing to refuse."""
-    span = settings.recover_over_s
-    if stage.applied_at is not None and now - stage.applied_at < span:
+    span, applied, reported = settings.recover_over_s, stage.applied_at, stage.reported_at
+    if applied is not None and now - applied < span:
         return "no"
-    if stage.reported_at is None or now - stage.reported_at > span or now - stage.stage_at < span:
+    if reported is None or now - reported > span or now - stage.stage_at < span:
         return "unknown"
-    return "yes"
+    return "yes" if applied is None or reported > applied else "unknown"
 
 
 def under_limit(step: PlanStep, index: int, estate: Estate, settings: VerifySettings) -> Answer:
