@@ -195,7 +195,7 @@ EXPECTATIONS = [
     ('erors("to") < 0.02', "RB110", "did you mean 'errors'?"),
     ('errors("too") < 0.02', "RB110", "measured nowhere"),
     ('errors(to) < 0.02', "RB110", "cannot read"),
-    ('errors("to") < 2', "RB110", "(0, 1]"),
+    ('errors("to") < 2', "RB110", "write 0.02 or 2%"),
     ('calls("to") > 5%', "RB110", "5% * before"),
     ('!(errors("to") > 0.5)', "RB110", "cannot read"),
     ('errors("to") < 0.02 || calls("to") > 5', "RB110", "cannot read"),

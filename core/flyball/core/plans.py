@@ -53,7 +53,7 @@ def parse_duration(value: object) -> float:
         seconds = sum(float(n) * _UNIT_S[unit] for n, unit in _DURATION_PART.findall(value))
         if seconds <= MAX_DURATION_S:
             return seconds
-        raise ValueError(f"{value} is longer than a year")
+        raise ValueError(f"{value} is longer than a year; write at most 366d")
     if isinstance(value, int | float) and not isinstance(value, bool):
         raise ValueError(f"{value} has no unit; write for example {value}s or {value}m")
     raise ValueError(f"{str(value)[:60]!r} is not a duration; write for example 30s, 5m or 1h")

@@ -82,7 +82,11 @@ def check_meaning(root: Expr, params: Mapping[str, Any]) -> None:
     for part in parts:
         _check_part(part)
     if not any((p.kind == "name" and p.name.startswith("incident.")) or p.name in FUNCTIONS for p in parts):
-        raise ConditionError("RB115", "the same for every incident; say which incident it is for", 0)
+        raise ConditionError(
+            "RB115",
+            "the same for every incident; say which it is for, by incident.signal or incident.root.kind",
+            0,
+        )
     _check_conjunction(root, params, errors_only=False)
 
 
@@ -128,7 +132,7 @@ def _check_membership(item: Expr, container: Expr) -> None:
     if container.kind != "list":
         return
     if not container.args:
-        raise ConditionError("RB115", "nothing is in an empty list", container.offset)
+        raise ConditionError("RB115", "nothing is in an empty list; name what may match", container.offset)
     for word in container.args:
         if item.name in _WORDS:
             _check_constant(word, *_WORDS[item.name])
@@ -175,7 +179,7 @@ def _check_pattern(part: Expr) -> None:
     if not isinstance(said, bool):
         why = str(said).rpartition("invalid regular expression: ")[2].split("\n")[0][:80]
         raise ConditionError(
-            "RB119", f"a pattern that cannot be read ({why}); patterns are RE2", part.offset + 1
+            "RB119", f"a pattern that cannot be read ({why}); write an RE2 pattern", part.offset + 1
         )
 
 
@@ -254,7 +258,8 @@ def _narrow(known: dict[str, _Bounds], c: _Comparison) -> None:
     else:
         return
     if not possible:
-        what = f"never true together with what is said of {c.subject} before; join alternatives by ||"
+        about = c.subject.partition("(")[0]
+        what = f"never true together with what is said of {about} before; join alternatives by ||"
         raise ConditionError("RB115", what, c.parts[0].offset)
 
 
@@ -262,10 +267,11 @@ def _check_range(c: _Comparison, number: float) -> None:
     """A bound that the value can never reach, such as a share over 1."""
     low, high = c.range
     never = not _Bounds(low, high).number(c.op, number)
+    about = c.subject.partition("(")[0]
     if never and high == 1.0 and number > 1.0:
-        what = f"{c.subject} is a share from 0 to 1; write {number / 100:g} for {number:g} %"
+        what = f"{about} is a share from 0 to 1; write {number / 100:g} for {number:g} %"
     elif never and c.subject == "incident.severity":
-        what = f"a severity is one of {', '.join(_LEVELS)}; this is never true"
+        what = f"this is never true; a severity is one of {', '.join(_LEVELS)}"
     elif never:
         what = (
             f"{c.subject} is never {'below' if number <= low else 'above'} {low if number <= low else high:g}"

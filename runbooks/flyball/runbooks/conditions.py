@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -132,13 +132,26 @@ class _Asker(threading.local):
         return value
 
 
+_KINDS: Final = {
+    "int": "a whole number",
+    "double": "a number",
+    "string": "text",
+    "list": "a list",
+    "map": "a mapping",
+}
+
+
 class Condition:
     """A compiled condition. `source` is what the person wrote."""
 
-    def __init__(self, source: str, expression: Any, params: Mapping[str, Any], asker: _Asker) -> None:
+    def __init__(
+        self, source: str, expression: Any, params: Mapping[str, Any], asker: _Asker, reads: Iterable[str]
+    ) -> None:
         self.source = source
+        self.reads = frozenset(reads)
+        """The names that it reads. Only their values are handed to CEL: all would take five times as long."""
         self._expression = expression
-        self._params = {f"params.{k}": v for k, v in params.items()}
+        self._params = {f"params.{k}": v for k, v in params.items() if f"params.{k}" in self.reads}
         self._asker = asker
 
     def __repr__(self) -> str:
@@ -148,7 +161,8 @@ class Condition:
         """Evaluates it. What cannot be evaluated (no data, a broken pattern) is not true, and says why."""
         self._asker.estate = estate
         try:
-            result = self._expression.eval(data={**values, **self._params})
+            data = {name: values[name] for name in self.reads if name in values}
+            result = self._expression.eval(data={**data, **self._params})
         finally:
             self._asker.estate = None
         value = result.value()
@@ -192,11 +206,17 @@ def compile_condition(source: str, params: Mapping[str, str | int | float | bool
     """
     params = params or {}
     if len(source) > MAX_LENGTH:
-        raise ConditionError("RB103", f"the condition is longer than {MAX_LENGTH} characters", 0)
+        raise ConditionError(
+            "RB103",
+            f"the condition is longer than {MAX_LENGTH} characters; move parts of it to preconditions",
+            0,
+        )
     for offset, char in enumerate(source):
         if 0xD800 <= ord(char) <= 0xDFFF or char == "\x00":
             raise ConditionError(
-                "RB103", f"character U+{ord(char):04X} is not allowed in a condition", offset
+                "RB103",
+                f"character U+{ord(char):04X} is not allowed in a condition; write plain text",
+                offset,
             )
     env, asker = _environment(tuple((k, type(v).__name__) for k, v in sorted(params.items())))
     try:
@@ -205,7 +225,8 @@ def compile_condition(source: str, params: Mapping[str, str | int | float | bool
         raise _explain(str(e), source, params) from e
     if expression.return_type() != cel.Type.BOOL:
         kind = expression.return_type().name().lower()
-        raise ConditionError("RB106", f"the condition is a {kind}; it must be true or false", 0)
+        what = f"the condition is {_KINDS.get(kind, f'of type {kind}')}, not true or false; compare it with something"
+        raise ConditionError("RB106", what, 0)
     try:
         tree = read_tree(expression.serialize())
     except TooDeep as e:
@@ -213,7 +234,8 @@ def compile_condition(source: str, params: Mapping[str, str | int | float | bool
             "RB103", "the condition is nested too deep; split it into preconditions", 0
         ) from e
     check_meaning(tree, params)
-    return Condition(source, expression, params, asker)
+    reads = [part.name for part in tree.walk() if part.kind == "name"]
+    return Condition(source, expression, params, asker, reads)
 
 
 _POSITION: Final = re.compile(r"ERROR: <input>:(-?\d+):(-?\d+): (.*)")
@@ -235,16 +257,42 @@ def _explain(text: str, source: str, params: Mapping[str, Any]) -> ConditionErro
     overload = _OVERLOAD.search(message)
     if overload:
         operator, types = overload[1].strip("_"), overload[2]
-        hint = ""
+        hint = "; compare values of one type"
         if sorted(types.split(", ")) == ["double", "int"]:
-            hint = "; write the whole number with a point, such as 1.0"
+            hint = "; write the whole number with a point, such as 1.0, or the other without"
+        elif re.match(r"incident\.severity\s*$", source[:offset].rpartition("&& ")[2].lstrip("( ")):
+            hint = f"; a severity is {', '.join(_CONSTANTS)}, without quotes"
         return ConditionError("RB105", f"{operator} does not take ({types}){hint}", offset)
     if "operand of a select" in message:
         return ConditionError("RB105", f"{message}; a plain value has no fields", offset)
     if "recursion" in message:
         return ConditionError("RB103", "the condition is nested too deep; split it into preconditions", 0)
-    message = re.sub(r" expecting \{.*\}", "", message).removeprefix("Syntax error: ")
-    return ConditionError("RB103", f"the condition cannot be read here: {message[:160]}", offset)
+    return ConditionError(
+        "RB103", f"the condition cannot be read here{_slip(source, offset, message)}", offset
+    )
+
+
+_SLIPS: Final = (
+    ("and", "&&"),
+    ("or", "||"),
+    ("not", "!"),
+    ("=", "=="),
+    ("&", "&&"),
+    ("|", "||"),
+    ("if", "… ? … : …"),
+)
+
+
+def _slip(source: str, offset: int, message: str) -> str:
+    """What was probably meant where CEL could not read on; else CEL's own words."""
+    rest = source[offset:].lstrip()
+    if not rest:
+        return ": it ends too early; write what it is compared with"
+    for wrong, right in _SLIPS:
+        if re.match(rf"{re.escape(wrong)}(?![\w=&|])", rest):
+            return f": {wrong!r} is not CEL; write {right}"
+    told = re.sub(r" expecting .*", "", message).removeprefix("Syntax error: ")
+    return f" ({told[:120]}); conditions are CEL, such as incident.severity >= HIGH"
 
 
 def _unknown_name(name: str, source: str, offset: int, params: Mapping[str, Any]) -> ConditionError:
@@ -304,7 +352,7 @@ def _term(found: re.Match[str], place: int) -> Term:
     bound = float(found[5]) / (100.0 if found[6] else 1.0)
     relative = found[7] is not None
     if measure == "errors" and not relative and bound > 1.0:
-        raise ConditionError("RB110", f"an error share lies in (0, 1]; {found[5]} does not", place)
+        raise ConditionError("RB110", f"{found[5]} is no share of errors; write 0.02 or 2%", place)
     if found[6] and not relative and measure != "errors":
         raise ConditionError(
             "RB110", f"{measure} is no share; write a number, or {found[5]}% * before", place
@@ -318,7 +366,9 @@ def _check_term(term: Term, others: Sequence[Term], place: int) -> None:
     always = (term.op == ">=" and term.bound <= 0.0) or (term.op == "<=" and term.bound >= high)
     never = (term.op == "<" and term.bound <= 0.0) or (term.op == ">" and term.bound >= high)
     if always:
-        raise ConditionError("RB115", f"{term} cannot fail, so it proves nothing", place)
+        raise ConditionError(
+            "RB115", f"{term} cannot fail, so it proves nothing; write a bound that can be missed", place
+        )
     same = (term.measure, term.of, term.times_before)
     for other in others:
         if (other.measure, other.of, other.times_before) != same or other.op[0] == term.op[0]:
@@ -327,7 +377,11 @@ def _check_term(term: Term, others: Sequence[Term], place: int) -> None:
         closed = below.op == "<=" and above.op == ">="
         never = never or below.bound < above.bound or (below.bound == above.bound and not closed)
     if never:
-        raise ConditionError("RB115", f"{term} can never hold here, so the step always fails", place)
+        raise ConditionError(
+            "RB115",
+            f"{term} can never hold here, so the step always fails; write a bound that can be met",
+            place,
+        )
 
 
 def _unreadable(part: str, offset: int) -> ConditionError:

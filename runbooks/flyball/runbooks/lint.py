@@ -58,7 +58,7 @@ def unfinished(runbook: Runbook, document: Document) -> list[ConfigError]:
         errors.append(document.error("RB117", what, *document.place(("tests",))))
     for i, (written, step) in enumerate(zip(runbook.model.steps, runbook.steps, strict=True)):
         if step.implementation.effect == "operation" and written.undo is None:
-            what = "how is it taken back? write `undo: hook`, or `undo: none` and an `approval`"
+            what = "nothing says how it is taken back; write `undo: hook`, or `undo: none` and an `approval`"
             errors.append(document.error("RB116", what, *document.place(("steps", i, step.action), key=True)))
     for name in runbook.model.params:
         if not re.search(rf"\bparams\.{name}\b", runbook.text):

@@ -14,6 +14,7 @@ Found by lint alone (`flyball.runbooks.lint`):     RB117 not tested             
 
 from __future__ import annotations
 
+import difflib
 import importlib.resources
 import json
 import re
@@ -27,15 +28,8 @@ from pydantic import BaseModel, ValidationError
 from flyball.core.errors import ConfigError, did_you_mean
 from flyball.core.plans import MODES, Action, Actions, Mode, Retry, StepApproval, Verify
 from flyball.runbooks.conditions import Condition, ConditionError, compile_condition, compile_expectation
-from flyball.runbooks.schema import (
-    Blast,
-    Limits,
-    Precondition,
-    Rehearsal,
-    RunbookModel,
-    StepModel,
-    VerifyModel,
-)
+from flyball.runbooks.field_errors import fields_at, told
+from flyball.runbooks.schema import RunbookModel, StepModel
 from flyball.runbooks.yaml_nodes import MAX_BYTES, Document, Node, parse
 
 Location = tuple[int | str, ...]
@@ -46,6 +40,7 @@ _NOT_PLAIN: Final = re.compile(
     r"|[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
 """Beginnings of templates and commands; control characters, and those that hide text or turn its direction."""
+_SPLIT_CALL: Final = re.compile(r"[()=]")
 _PARAM_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,39}", re.ASCII)
 _RESERVED: Final = frozenset(
     ("as", "break", "const", "continue", "else", "false", "for", "function", "if", "import", "in", "let", "loop", "null",
@@ -155,7 +150,7 @@ class _Check:
     def run(self) -> tuple[Runbook | None, list[ConfigError]]:
         root = self._doc.root
         if not isinstance(root.value, dict):
-            self._say("RB108", "a runbook is a mapping; it begins with `runbook: v1`", ())
+            self._say("RB108", "this is no mapping; a runbook begins with `runbook: v1`", ())
             return None, self._errors
         raw = root.plain()
         self._refuse_empty(root, ())
@@ -194,7 +189,10 @@ class _Check:
         """A key without a value says nothing: `tenants:` must not be read as no limit. An action may stand without parameters."""
         if isinstance(node.value, dict):
             for name, inner in node.value.items():
-                self._refuse_empty(inner, (*location, name))
+                if not _SPLIT_CALL.search(
+                    name
+                ):  # `lab: f(a=1, b=2)` without quotes: told as an unknown field
+                    self._refuse_empty(inner, (*location, name))
         elif isinstance(node.value, list):
             for i, inner in enumerate(node.value):
                 self._refuse_empty(inner, (*location, i))
@@ -205,12 +203,10 @@ class _Check:
                 self._say("RB108", f"{label} is empty; write a value, or leave it out", location)
 
     def _check_params(self, params: Mapping[str, Any]) -> None:
-        for name, value in params.items():
+        for name in params:
             if not _PARAM_NAME.fullmatch(name) or name in _RESERVED:
                 what = f"param {name[:40]!r} is no name; use lower case letters, digits and _, and no word of CEL"
                 self._say("RB108", what, ("params", name), key=True)
-            if isinstance(value, str):
-                self._plain_text(value, ("params", name))
 
     def _say(self, code: str, what: str, location: Location, *, key: bool = False) -> None:
         self._errors.append(self._doc.error(code, what, *self._doc.place(location, key=key)))
@@ -257,7 +253,10 @@ class _Check:
             return None
         action: type[Action] = self._actions.get(kind)
         location: Location = ("steps", i, kind)
+        said = len(self._errors)
         resolved = self._resolve(written if written is not None else {}, location, action.references)
+        if len(self._errors) > said:
+            return None
         params = self._validate(action.Params, resolved, location)
         if params is None:
             return None
@@ -297,15 +296,19 @@ class _Check:
         if value.startswith("$params."):
             name = value.removeprefix("$params.")
             if name not in self._params:
-                self._say("RB113", f"unknown reference {value!r}{did_you_mean(name, self._params)}", location)
+                self._say("RB113", f"unknown reference {value!r}{self._offer(value, known)}", location)
                 return value
+            if isinstance(self._params[name], str):
+                self._plain_text(self._params[name], location)
             return self._params[name]
         if value.startswith("$") and value not in known and _REFERENCE.fullmatch(value):
-            offered = [*known, *(f"$params.{p}" for p in self._params)]
-            self._say("RB113", f"unknown reference {value!r}{did_you_mean(value, offered)}", location)
+            self._say("RB113", f"unknown reference {value!r}{self._offer(value, known)}", location)
         elif value not in known:
             self._plain_text(value, location)
         return value
+
+    def _offer(self, value: str, known: frozenset[str]) -> str:
+        return did_you_mean(value, [*known, *(f"$params.{p}" for p in self._params)])
 
     def _plain_text(self, value: str, location: Location, *, key: bool = False) -> None:
         """Values reach gateways, hooks and people as they stand: nothing in them may look like a template, a command or a control."""
@@ -313,7 +316,9 @@ class _Check:
         if found is None:
             return
         if found[0].isprintable():
-            what = f"{value[:40]!r} is a template; parameters take values, $incident.root or $params.…"
+            what = (
+                f"{value[:40]!r} is a template or command; write a plain value, $incident.root or $params.…"
+            )
         else:
             what = f"U+{ord(found[0]):04X} in text; write one line of plain characters"
         self._say("RB114", what, location, key=key)
@@ -346,39 +351,40 @@ class _Check:
             # As JSON, so that a strict model takes a list for a tuple, but not `"3"` for a number nor `true` for 1.
             return model.model_validate_json(json.dumps(raw))
         except ValidationError as e:
-            for detail in e.errors(include_url=False, include_context=False):
-                self._model_error(model, base, detail["loc"], detail["type"], detail["msg"])
+            details = e.errors(include_url=False)
+            unknown = [d["loc"] for d in details if d["type"] == "extra_forbidden"]
+            for detail in details:
+                *parent, name = detail["loc"] or ("",)
+                beside = [str(loc[-1]) for loc in unknown if list(loc[:-1]) == parent]
+                if detail["type"] == "missing" and difflib.get_close_matches(str(name), beside, 1):
+                    continue  # it is there, misspelt
+                self._model_error(model, base, detail)
             return None
 
-    def _model_error(
-        self, model: type[BaseModel], base: Location, loc: Location, kind: str, message: str
-    ) -> None:
+    def _model_error(self, model: type[BaseModel], base: Location, detail: Mapping[str, Any]) -> None:
+        loc: Location = detail["loc"]
         location = (*base, *loc)
         name = str(loc[-1]) if loc else ""
-        if kind == "extra_forbidden":
-            known = _fields_at(model, loc[:-1])
-            hint = did_you_mean(name, known)
-            if any(c in name for c in "()="):
+        if detail["type"] == "extra_forbidden":
+            hint = did_you_mean(name, fields_at(model, loc[:-1]))
+            if _SPLIT_CALL.search(name):
                 hint = "; quote text that contains a comma"
             self._say("RB101", f"unknown field {name!r}{hint}", location, key=True)
-        elif kind == "missing":
-            self._say("RB102", f"{name!r} is missing", location[:-1])
+        elif detail["type"] == "missing":
+            self._say("RB102", f"{name!r} is missing; write `{name}: …`", location[:-1])
         else:
             line, column = self._doc.place(location)
             # Each member of a union reports its own; what is empty is said already.
             if any(e.where == f"{self._doc.path}:{line}:{column}" for e in self._errors):
                 return
-            said = message.removeprefix("Value error, ")
             label = ".".join(str(p) for p in location if isinstance(p, str)) or "runbook"
-            self._errors.append(
-                self._doc.error("RB108", f"{label}: {said[:1].lower()}{said[1:]}", line, column)
-            )
+            self._errors.append(self._doc.error("RB108", f"{label}: {told(detail)}", line, column))
 
     def _cross_check(self, model: RunbookModel, steps: Sequence[RunbookStep | None]) -> None:
         if model.hold >= model.max_age:
             self._say(
                 "RB115",
-                "hold is not shorter than max_age: what has held long enough is always stale",
+                "what has held this long is always stale; make hold shorter than max_age",
                 ("hold",),
             )
         earlier: list[RunbookStep] = []
@@ -400,6 +406,11 @@ class _Check:
         if step.timeout_s is not None and step.timeout_s < step.verify.within_s:
             what = "timeout is shorter than verify.within, which is then never reached; make it longer"
             self._say("RB115", what, ("steps", i, "timeout"))
+        if step.verify.min_calls == 0 and any(
+            t.measure in ("errors", "latency_s") for t in step.verify.expect
+        ):
+            what = "one call would prove it; write how many it takes, such as 20"
+            self._say("RB115", what, ("steps", i, "verify", "min_calls"))
         same = next((e for e in earlier if e.action == step.action and e.params == step.params), None)
         if same is not None:
             what = f"does what step {same.id!r} has done already; change it, or leave it out"
@@ -417,19 +428,6 @@ class _Check:
         else:
             return
         self._say("RB116", what, ("steps", i, "undo"))
-
-
-def _fields_at(model: type[BaseModel], loc: Location) -> list[str]:
-    """Names that are allowed where an unknown one was found."""
-    words = tuple(p for p in loc if isinstance(p, str))
-    known: type[BaseModel] = model
-    if model is RunbookModel:
-        models: dict[Location, type[BaseModel]] = {
-            (): RunbookModel, ("limits",): Limits, ("limits", "blast"): Blast, ("preconditions",): Precondition,
-            ("steps",): StepModel, ("steps", "verify"): VerifyModel, ("tests",): Rehearsal,
-        }  # fmt: skip
-        known = models.get(words, RunbookModel)
-    return [f.alias or name for name, f in known.model_fields.items()]
 
 
 def load_texts(

@@ -129,7 +129,9 @@ class VerifyModel(_Strict):
         "untouched",
         description="`untouched`: also better than the slice that was left in place; `nothing`: there is no such slice",
     )
-    min_calls: Annotated[int, Field(ge=1, le=1_000_000)] = Field(20, description="fewer calls prove nothing")
+    min_calls: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        20, description="fewer calls prove nothing; 0 only where calls themselves are counted"
+    )
 
 
 class RetryModel(_Strict):
@@ -227,7 +229,7 @@ class Rehearsal(_Strict):
 def _constant(value: Any) -> Any:
     if isinstance(value, str | int | float | bool):
         return value
-    raise ValueError("a param is a text, a number, true or false")
+    raise ValueError("that is no constant; write a text, a number, true or false")
 
 
 class RunbookModel(_Strict):

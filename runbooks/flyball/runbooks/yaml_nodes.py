@@ -22,6 +22,8 @@ MAX_DEPTH: Final = 24
 _LARGEST: Final = 1e15
 """Beyond it whole numbers are no longer exact in every reader of JSON, and no runbook means them."""
 
+_ODD_BREAK = re.compile("[\x85\u2028\u2029]")
+"""Line breaks to a YAML parser and to nobody else: the lines of errors would be others than those of the editor."""
 _NULL = re.compile(r"~|null|Null|NULL|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9]+", re.ASCII)
@@ -133,35 +135,50 @@ def parse(text: str | bytes, path: str) -> Document:
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if len(text) > MAX_BYTES:
         raise ConfigError(f"longer than {MAX_BYTES} characters; split it", where=f"{path}:1:1", code="RB001")
+    odd = _ODD_BREAK.search(text)
+    if odd:
+        raise _not_allowed(odd[0], text, odd.start(), path)
     try:
         return _Builder(text, path).build()
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else f"{path}:1:1"
         raise ConfigError(
-            f"not YAML: {e.problem or e.context}{_hint(str(e.problem))}", where=where, code="RB001"
-        ) from e
-    except yaml.reader.ReaderError as e:
-        line = text.count("\n", 0, e.position) + 1
-        raise ConfigError(
-            f"character U+{ord(e.character) if isinstance(e.character, str) else e.character:04X} is not allowed",
-            where=f"{path}:{line}:1",
+            f"not YAML: {e.problem or e.context}{_hint(str(e.problem), text, mark)}",
+            where=where,
             code="RB001",
         ) from e
+    except yaml.reader.ReaderError as e:
+        raise _not_allowed(e.character, text, e.position, path) from e
     except (ValueError, OverflowError) as e:  # an escape such as "\UFFFFFFFF" is no character
         raise ConfigError(f"not YAML: {e}", where=f"{path}:1:1", code="RB001") from e
 
 
-def _hint(problem: str) -> str:
-    return "; quote text that contains `: `" if "mapping values are not allowed" in problem else ""
+def _not_allowed(character: str | int, text: str, at: int, path: str) -> ConfigError:
+    code = character if isinstance(character, int) else ord(character)
+    line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
+    what = f"character U+{code:04X} is not allowed; write plain text"
+    return ConfigError(what, where=f"{path}:{line}:{column}", code="RB001")
+
+
+def _hint(problem: str, text: str, mark: Any) -> str:
+    if "mapping values are not allowed" in problem:
+        return "; quote text that contains `: `"
+    lines = text.split("\n")
+    if mark is not None and mark.line < len(lines) and lines[mark.line][: mark.column + 1].endswith("\t"):
+        return "; indent with blanks, not with tabs"
+    if "cannot start any token" in problem:
+        return "; quote text that begins with this character"
+    return "; compare quotes, brackets and indentation with the lines above"
 
 
 def _decoded(data: bytes, path: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        line = data[: e.start].count(b"\n") + 1
-        raise ConfigError("not UTF-8; save it as UTF-8", where=f"{path}:{line}:1", code="RB001") from e
+        before = data[: e.start].decode("utf-8-sig", "replace")
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        raise ConfigError("not UTF-8; save it as UTF-8", where=f"{path}:{line}:{column}", code="RB001") from e
 
 
 class _Builder:
@@ -196,7 +213,7 @@ class _Builder:
         if event.tag is not None and event.tag != "!":
             raise self._error(event, "RB003", f"tag {event.tag} is not allowed; write plain values")
         if depth > MAX_DEPTH:
-            raise self._error(event, "RB004", f"nested deeper than {MAX_DEPTH} levels")
+            raise self._error(event, "RB004", f"nested deeper than {MAX_DEPTH} levels; a runbook needs six")
         mark = event.start_mark
         if isinstance(event, yaml.ScalarEvent):
             end: Any = event.end_mark
@@ -214,7 +231,7 @@ class _Builder:
         items: dict[str, Node] = {}
         while not isinstance(key := next(self._events), yaml.MappingEndEvent):
             if not isinstance(key, yaml.ScalarEvent):
-                raise self._error(key, "RB005", "a key is a word, not a list or mapping")
+                raise self._error(key, "RB005", "a key is a word, not a list or mapping; write `name: value`")
             name_node = self._node(key, depth + 1)
             name = name_node.raw
             if not isinstance(name_node.value, str):
