@@ -25,6 +25,8 @@ KEEP_S: Final = 600.0
 OBSERVED_LAG_S: Final = 30.0
 """Longer than a window of 10 s and the 15 s that it waits for slow senders."""
 _STEP_S: Final = 10.0
+_MOST_CACHED: Final = 2_000_000
+"""Cells of remembered scopes in all: 16 MB."""
 _BAD: Final = sorted(CLASS_INDEX[c] for c in PROVIDER_HEALTH)
 _NOT_TRIED: Final = sorted(CLASS_INDEX[c] for c in NOT_ATTEMPTS)
 _POSITION: Final = {name: i for i, name in enumerate(BASE_LABELS)}
@@ -72,7 +74,8 @@ class LiveEstate:
         # Cache of slot → cell of the windows' own numbering; valid where born agrees, rebuilt at will, never saved.
         self._slot_cell = np.full(0, -1, np.int32)
         self._slot_born = np.full(0, np.nan)
-        self._mask_cache: dict[tuple[tuple[str, str], ...], NDArray[np.bool_]] = {}
+        self._rows_cache: dict[tuple[tuple[str, str], ...], NDArray[np.intp]] = {}
+        self._rows_cached = 0
         self._sum_cache: dict[tuple[float, str], Floats] = {}
 
     # --- in -------------------------------------------------------------------------------------------------------
@@ -153,7 +156,7 @@ class LiveEstate:
                 self._names[column].append(word)
             self._codes[index, column] = words[word]
         self._cells[key] = index
-        self._mask_cache.clear()
+        self._forget_rows()
         return index
 
     def _forget_unused(self) -> None:
@@ -180,7 +183,7 @@ class LiveEstate:
         self._codes = np.zeros((0, len(BASE_LABELS)), np.int32)
         self._slot_cell = np.full(0, -1, np.int32)
         self._slot_born = np.full(0, np.nan)
-        self._mask_cache.clear()
+        self._forget_rows()
         self._sum_cache.clear()
         order = list(range(len(BASE_LABELS)))
         for key in keys:
@@ -218,13 +221,13 @@ class LiveEstate:
         return self._gpus.reporting(scope, span_s, self._now)
 
     def values(self, label: str, scope: Mapping[str, str], span_s: float) -> Sequence[str]:
-        mask = self._mask(scope)
-        if mask is None or label not in _POSITION:
+        rows = self._rows(scope)
+        if rows is None or label not in _POSITION:
             return []
         column = _POSITION[label]
-        codes = self._codes[: len(mask), column]
-        weight = np.bincount(codes[mask], self._sums("calls", span_s)[mask], len(self._names[column]))
-        found = [(-int(weight[i]), self._names[column][i]) for i in np.flatnonzero(weight)]
+        codes, back = np.unique(self._codes[rows, column], return_inverse=True)
+        weight = np.bincount(back, self._sums("calls", span_s)[rows], len(codes))
+        found = [(-int(n), self._names[column][code]) for code, n in zip(codes, weight, strict=True) if n]
         return [name for _, name in sorted(found) if name]
 
     def _rate(self, column: str, scope: Mapping[str, str], span_s: float, per_s: float) -> float | None:
@@ -235,8 +238,8 @@ class LiveEstate:
         return self._sum(column, scope, span_s) / covered * per_s if covered else None
 
     def _sum(self, column: str, scope: Mapping[str, str], span_s: float) -> float:
-        mask = self._mask(scope)
-        return 0.0 if mask is None else float(self._sums(column, span_s)[mask].sum())
+        rows = self._rows(scope)
+        return 0.0 if rows is None else float(np.add.reduce(self._sums(column, span_s)[rows]))
 
     def _sums(self, column: str, span_s: float) -> Floats:
         """float64[cells]: one column added up over the span; kept until the next window."""
@@ -255,23 +258,30 @@ class LiveEstate:
         found = [s for s in self._spans if s.start >= self._now - span_s - 1e-6]
         return found or [s for s in self._spans if s.end >= self._now]
 
-    def _mask(self, scope: Mapping[str, str]) -> NDArray[np.bool_] | None:
-        """Which cells carry all labels of the scope; None when no cell can."""
+    def _rows(self, scope: Mapping[str, str]) -> NDArray[np.intp] | None:
+        """Cells that carry all labels of the scope; None when no cell can."""
         key = tuple(sorted(scope.items()))
-        cached = self._mask_cache.get(key)
+        cached = self._rows_cache.get(key)
         if cached is not None:
             return cached
-        mask = np.ones(len(self._cells), np.bool_)
+        n = len(self._cells)
+        mask = np.ones(n, np.bool_)
         for label, value in key:
             column = _POSITION.get(label)
             code = self._words[column].get(value) if column is not None else None
             if column is None or code is None:
                 return None
-            mask &= self._codes[: len(mask), column] == code
-        if len(self._mask_cache) >= 64:
-            self._mask_cache.clear()
-        self._mask_cache[key] = mask
-        return mask
+            mask &= self._codes[:n, column] == code
+        rows = np.flatnonzero(mask)
+        if self._rows_cached + len(rows) > _MOST_CACHED or len(self._rows_cache) >= 10_000:
+            self._forget_rows()
+        self._rows_cache[key] = rows
+        self._rows_cached += len(rows)
+        return rows
+
+    def _forget_rows(self) -> None:
+        self._rows_cache.clear()
+        self._rows_cached = 0
 
     # --- state ----------------------------------------------------------------------------------------------------
 

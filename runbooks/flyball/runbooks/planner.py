@@ -349,7 +349,7 @@ class Planner:
             if incident not in s.incidents:
                 continue
             for name, case in cases.items():
-                if closed and case.windowed:
+                if closed and case.windowed and case.window_at != s.window_at:
                     case.wake(now)
                 if case.look_at <= now:
                     due.append((case.look_at, incident, name))
@@ -402,6 +402,7 @@ class Planner:
         waiting = s.waiting.get(case.waiting)
         if waiting is not None and now <= waiting.until and case.look_at > now:
             return None  # the guards are asked again from time to time, and when it is answered
+        case.window_at = estate.now()
         q = self._question(runbook, known, case, variables, estate, now)
         no = first_no(q)
         if no is not None:

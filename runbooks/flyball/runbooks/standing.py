@@ -39,7 +39,7 @@ class PlannerSettings:
     gpu_span_s: float = 300.0
     settle_s: float = 30.0
     hysteresis_s: float = 600.0
-    relook_s: float = 30.0
+    relook_s: float = 60.0
     looks_per_tick: int = 200
     candidates: CandidateSettings = field(default_factory=CandidateSettings)
 
@@ -62,6 +62,8 @@ class Case(msgspec.Struct):
     """When time alone may change the verdict."""
     windowed: bool = False
     """Whether another closed window may."""
+    window_at: float = 0.0
+    """End of the newest window when it was last looked at."""
 
     def wake(self, now: float) -> None:
         self.look_at = min(self.look_at, now)
