@@ -93,11 +93,12 @@ class Desk(Book):
         case = self._case(d.incident)
         if case is None:
             return
-        before = len(case.incident.actions)
-        self._change(case, actions=enrich.note_decision(case.incident, d))
-        new = len(case.incident.actions) > before
+        before = case.incident.actions
+        after = enrich.note_decision(case.incident, d)
+        self._change(case, actions=after)
         what = d.detail or d.reason
-        if new:
+        # Offered again it is the same line with another hash, which whoever answers needs.
+        if len(after) > len(before) or {n.plan for n in after} != {n.plan for n in before}:
             self._tell(
                 case,
                 f"{d.runbook}: {d.decision} ({what})",
@@ -162,4 +163,4 @@ class Desk(Book):
         ):
             self._step(case, Step.EASE, text, loud=True)
         else:
-            self._tell(case, text, loud=o.result not in ("applied", "ambiguous"))
+            self._tell(case, text, loud=o.result != "applied")

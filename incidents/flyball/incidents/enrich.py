@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+import msgspec
 import numpy as np
 
 from flyball.core.anomaly import Anomaly
@@ -310,51 +311,84 @@ def related_changes(
         found.append((-hits, -around, abs(c.at - since), c.at, c.kind, c.summary, c))
     found.sort(key=lambda f: f[:6])
     return tuple(
-        RelatedChange(c.at, c.kind, c.summary, dict(c.labels), c.url) for *_, c in found[:_SHOWN_CHANGES]
+        RelatedChange(c.at, c.kind, c.summary, dict(c.labels), c.url, c.actor)
+        for *_, c in found[:_SHOWN_CHANGES]
     )
 
 
 def note_decision(incident: Incident, d: Decision) -> tuple[ActionNote, ...]:
-    """A repeated hold or refusal for the same reason is one line, with its newest time."""
-    note = ActionNote(d.at, d.runbook, str(d.decision), d.reason, detail=d.detail)
-    for i, old in enumerate(incident.actions):
+    """A repeated hold or refusal for the same reason is one line, with its newest time. What a person may answer has its hash."""
+    waits = d.decision is Verdict.SUGGEST
+    by = d.by if d.by != "flyball" else ""
+    note = ActionNote(
+        d.at, d.runbook, str(d.decision), d.reason, detail=d.detail, plan=d.plan_hash if waits else "", until=d.until,
+        by=by,
+    )  # fmt: skip
+    # An answer that did not count leaves what it was about waiting.
+    notes = incident.actions if d.reason in _STILL_WAITS else _answered(incident.actions, d.runbook)
+    for i, old in enumerate(notes):
         if (old.runbook, old.decision, old.reason, old.directive) == (
             note.runbook,
             note.decision,
             note.reason,
             "",
         ) and not old.outcome:
-            return (*incident.actions[:i], note, *incident.actions[i + 1 :])
-    return _bounded((*incident.actions, note))
+            return (*notes[:i], note, *notes[i + 1 :])
+    return _bounded((*notes, note))
+
+
+_STILL_WAITS: Final = ("own_change", "approval_unknown", "approval_unsigned", "approval_used")
+
+
+def _answered(notes: tuple[ActionNote, ...], runbook: str) -> tuple[ActionNote, ...]:
+    """Nothing of this runbook waits for a person any more."""
+    return tuple(
+        msgspec.structs.replace(n, plan="", until=None) if n.plan and n.runbook == runbook else n
+        for n in notes
+    )
 
 
 def note_directive(incident: Incident, change: DirectiveChange) -> tuple[ActionNote, ...]:
     d = change.directive
     outcome = {"granted": "granted", "renewed": "granted"}.get(change.change, change.change)
-    note = ActionNote(change.at, d.runbook, str(Verdict.RUN), change.reason, outcome, describe(d), d.id)
-    for i, old in enumerate(incident.actions):
+    notes = _answered(incident.actions, d.runbook)
+    by = next((n.by for n in reversed(notes) if n.runbook == d.runbook and n.by), "")
+    note = ActionNote(
+        change.at,
+        d.runbook,
+        str(Verdict.RUN),
+        change.reason,
+        outcome,
+        describe(d),
+        d.id,
+        until=d.expires_at,
+        by=by,
+    )
+    for i, old in enumerate(notes):
         if old.directive == d.id:
-            return (*incident.actions[:i], note, *incident.actions[i + 1 :])
-    return _bounded((*incident.actions, note))
+            return (*notes[:i], note, *notes[i + 1 :])
+    return _bounded((*notes, note))
 
 
 def note_outcome(incident: Incident, o: Outcome) -> tuple[ActionNote, ...]:
-    for i in range(len(incident.actions) - 1, -1, -1):
-        old = incident.actions[i]
+    notes = incident.actions if o.result == "waiting" else _answered(incident.actions, o.runbook)
+    for i in range(len(notes) - 1, -1, -1):
+        old = notes[i]
         if o.directive and old.directive == o.directive:
             # What the directive does stands; what became of it is new.
             note = ActionNote(
-                o.at, old.runbook, old.decision, o.reason or old.reason, o.result, old.detail, old.directive
-            )
-            return (*incident.actions[:i], note, *incident.actions[i + 1 :])
-    return _bounded(
-        (
-            *incident.actions,
-            ActionNote(
-                o.at, o.runbook, str(Verdict.RUN), o.reason, o.result, f"{o.action} ({o.step})", o.directive
-            ),
-        )
-    )
+                o.at, old.runbook, old.decision, o.reason or old.reason, o.result, old.detail, old.directive,
+                until=old.until, by=old.by,
+            )  # fmt: skip
+            return (*notes[:i], note, *notes[i + 1 :])
+    waits = o.result == "waiting"
+    until = o.values.get("until") if waits else None
+    note = ActionNote(
+        o.at, o.runbook, str(Verdict.RUN), o.reason, o.result, f"{o.action} ({o.step})", o.directive,
+        plan=str(o.values.get("waiting", "")) if waits else "", by=str(o.values.get("by", "")),
+        until=float(until) if isinstance(until, int | float) else None,
+    )  # fmt: skip
+    return _bounded((*notes, note))
 
 
 def _bounded(notes: tuple[ActionNote, ...]) -> tuple[ActionNote, ...]:
