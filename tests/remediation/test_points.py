@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -185,6 +186,168 @@ def test_a_clock_that_is_off_does_not_stretch_a_lease() -> None:
     point.poll()
     assert point.skew_s == 60.0
     assert point.live()[0].expires_at == NOW + 240.0
+
+
+def test_setting_the_wall_clock_back_stretches_no_lease() -> None:
+    server, clock = Server(), Clock()
+    server.hold(directive())
+    point = client(server, clock)
+    point.poll()
+    clock.set_back_s = 3600.0
+    clock.at = NOW + 299.0
+    assert point.live()
+    clock.at = NOW + 300.0
+    assert point.live() == []
+
+
+def test_a_wall_clock_that_jumps_ahead_lets_go_early() -> None:
+    server, clock = Server(), Clock()
+    server.hold(directive())
+    point = client(server, clock)
+    point.poll()
+    clock.set_back_s = -301.0
+    assert point.live() == []
+
+
+def test_of_several_leases_each_ends_at_its_own_time() -> None:
+    server, clock = Server(), Clock()
+    server.hold(directive("DIR-1"), directive("DIR-2", expires_at=NOW + 100.0))
+    point = client(server, clock)
+    point.poll()
+    clock.at = NOW + 100.0
+    assert [lease.id for lease in point.live()] == ["DIR-1"]
+    clock.at = NOW + 300.0
+    assert point.live() == []
+
+
+def test_an_older_state_of_a_lease_that_is_gone_does_not_come_back() -> None:
+    server, clock = Server(), Clock()
+    point = client(server, clock)
+    server.hold(directive(epoch=3))
+    point.poll()
+    server.hold()
+    point.poll()
+    server.hold(directive(epoch=2))
+    point.poll()
+    assert point.live() == []
+
+
+def test_exemptions_are_obeyed_and_kept_over_a_restart(tmp_path: Path) -> None:
+    server, clock = Server(), Clock()
+    server.hold(directive(exempt=({"app": "shop"},)))
+    client(server, clock, keep=tmp_path / "set.json").poll()
+    server.down = True
+    point = client(server, clock, keep=tmp_path / "set.json")
+    assert point.apply({"provider": "b", "app": "help"}, "s1").redirected
+    assert not point.apply({"provider": "b", "app": "shop"}, "s1").redirected
+
+
+def test_a_lease_whose_exemptions_are_not_understood_is_not_obeyed() -> None:
+    server, clock = Server(), Clock()
+    point = client(server, clock)
+    raw = {"id": "x", "kind": "block", "scope": {"provider": "b"}, "params": {}, "expires_at": NOW + 9}
+    server.hold({**raw, "exempt": [{}]})
+    point.poll()
+    assert point.live() == []
+    server.hold({**raw, "exempt": []})
+    point.poll()
+    assert len(point.live()) == 1
+
+
+def limit(**params: Any) -> Directive:
+    return directive(kind="limit", scope={"tenant": "t1"}, params=params)
+
+
+def test_a_client_counts_and_charges_for_its_limits_by_itself() -> None:
+    server, clock = Server(), Clock()
+    server.hold(limit(tokens_per_min=600.0))
+    point = client(server, clock)
+    point.poll()
+    first = point.apply({"tenant": "t1"}, "s1")
+    assert (first.refused, first.charges) == ("", ("DIR-1",))
+    point.charge(first, tokens=400.0)
+    second = point.apply({"tenant": "t1"}, "s1")
+    assert (second.status, second.retry_after_s) == (429, 30.0)
+    assert point.apply({"tenant": "t2"}, "s1").refused == ""
+    clock.at += 31.0
+    assert point.apply({"tenant": "t1"}, "s1").refused == ""
+
+
+def test_a_new_limit_reckons_with_what_calls_cost_before_it() -> None:
+    server, clock = Server(), Clock()
+    point = client(server, clock)
+    point.charge(point.apply({"tenant": "t1"}, "s1"), usd=0.2)
+    server.hold(limit(usd_per_hour=36.0))
+    point.poll()
+    assert [point.apply({"tenant": "t1"}, "s1").status for _ in range(2)] == [0, 429]
+
+
+def test_one_of_three_equal_points_enforces_a_third() -> None:
+    server, clock = Server(), Clock()
+    server.hold(limit(requests_per_min=36.0))
+    point = client(server, clock, limit_share=1 / 3)
+    point.poll()
+    assert [point.apply({"tenant": "t1"}, "s1").status for _ in range(3)] == [0, 0, 429]
+    with pytest.raises(ValueError, match="over 0 and at most 1"):
+        client(server, clock, limit_share=0.0)
+
+
+def test_what_the_gateway_cannot_do_is_not_reported_as_done() -> None:
+    server, clock = Server(), Clock()
+    server.hold(directive())
+    point = client(server, clock)
+    point.poll()
+    assert not point.apply({"provider": "b"}, "s1", lambda to: False).redirected
+    point.report()
+    assert json.loads(server.asked[-1].content)["directives"] == {"DIR-1": 0}
+
+
+def test_a_report_is_due_when_the_set_is_new_when_something_was_done_and_now_and_then() -> None:
+    server, clock = Server(), Clock()
+    point = client(server, clock)
+    assert point.report_if_due() is None, "nothing is held, nothing was done"
+    server.hold(directive())
+    point.poll()
+    assert point.report_if_due() is True
+    assert point.report_if_due() is None
+    point.apply({"provider": "b"}, "s1")
+    assert point.report_if_due() is True
+    assert json.loads(server.asked[-1].content)["directives"] == {"DIR-1": 1}
+    clock.at += 14.0
+    assert point.report_if_due() is None
+    clock.at += 1.0
+    assert point.report_if_due() is True
+    server.hold()
+    point.poll()
+    server.down = True
+    assert point.report_if_due() is False
+    server.down = False
+    assert point.report_if_due() is True, "that nothing is held any more is told, too"
+    assert json.loads(server.asked[-1].content)["directives"] == {}
+    assert point.report_if_due() is None
+
+
+def test_many_threads_lose_no_count() -> None:
+    server, clock = Server(), Clock()
+    server.hold(
+        directive(),
+        directive("DIR-2", kind="limit", scope={"tenant": "t1"}, params={"requests_per_min": 6.0}),
+    )
+    point = client(server, clock)
+    point.poll()
+
+    def work() -> None:
+        for i in range(500):
+            point.apply({"provider": "b"}, f"s{i}")
+            point.apply({"tenant": "t1"}, f"s{i}")
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    point.report()
+    assert json.loads(server.asked[-1].content)["directives"] == {"DIR-1": 2000, "DIR-2": 1999}
 
 
 def test_nonsense_from_the_server_is_not_obeyed() -> None:

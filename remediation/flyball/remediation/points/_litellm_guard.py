@@ -110,13 +110,12 @@ class Obeyer:
     # --- after it -------------------------------------------------------------------------------------------------
 
     def charge(self, call_id: str, tokens: float | None, usd: float | None) -> None:
-        """What a call has cost; a call that was under no limit costs nobody anything."""
+        """What a call has cost, whether or not a limit let it through."""
         self._mixed.pop(call_id, None)
-        effect = self._open.pop(call_id, None)
-        if effect is not None:
-            self._client.charge(effect, tokens=tokens, usd=usd)
+        self._client.charge(self._open.pop(call_id, _UNLIMITED), tokens=tokens, usd=usd)
 
 
+_UNLIMITED: Final = Effect({})
 _REDIRECTS: Final[Container[str]] = frozenset({"redirect"})
 
 

@@ -1,9 +1,9 @@
 """Token buckets: how one process keeps the limits of its directives. Standard library only; safe from any thread.
 
 Requests are taken when a call is let through. Tokens and dollars are known only afterwards: they are charged then, and until then
-each open call counts with what the calls before it cost on average, so that a hundred calls at once do not pass a limit that none of
-them has been charged to yet; before the first charge of all nobody knows that average. What was spent beyond the limit is owed, and
-paid back before the next call goes through.
+each open call counts with what those before it cost on average (before the first one of the scope: calls of this process), so that a
+hundred calls at once do not pass a limit that none of them has been charged to yet. What was spent beyond the limit is owed, and paid
+back before the next call goes through.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Bucket:
     level: float
     at: float
     cost: float = 0.0
-    """Mean cost of a call, of the newest ones; 0 before the first charge."""
+    """Mean cost of a call, of the newest ones; 0 while nobody knows."""
     open: deque[tuple[float, float]] = field(default_factory=deque)
     """(since, taken for it) of the calls that are under way."""
 
@@ -57,6 +57,8 @@ class Buckets:
         self._share = share
         self._lock = threading.Lock()
         self._buckets: dict[str, dict[str, _Bucket]] = {}
+        self._typical = {"tokens_per_min": 0.0, "usd_per_hour": 0.0}
+        """Mean cost of any call of this process, of the newest ones."""
 
     def keep(self, directives: Iterable[DirectiveLike]) -> None:
         """Takes the set that is held now. A limit that got tighter keeps what was spent; one that is gone is forgotten."""
@@ -74,7 +76,7 @@ class Buckets:
         rate = limit * _PER_S[name] * self._share
         known = old.get(name)
         if known is None:
-            return _Bucket(rate, _most(name, rate), now)
+            return _Bucket(rate, _most(name, rate), now, self._typical.get(name, 0.0))
         known.fill(now, _most(name, known.rate))
         known.rate = rate
         known.level = min(known.level, _most(name, rate))
@@ -103,10 +105,13 @@ class Buckets:
             return worst
 
     def charge(self, identities: Iterable[str], tokens: float | None, usd: float | None) -> None:
-        """What a call that went through has cost; None where nobody knows."""
+        """What a call that went through has cost, also one that no limit let through; None where nobody knows."""
         now = self._clock()
-        spent = {"tokens_per_min": tokens, "usd_per_hour": usd}
+        spent = {"tokens_per_min": _known(tokens), "usd_per_hour": _known(usd)}
         with self._lock:
+            for name, cost in spent.items():
+                if cost:
+                    self._typical[name] = _mean(self._typical[name], cost)
             for identity in identities:
                 for name, bucket in self._buckets.get(identity, {}).items():
                     if name == "requests_per_min":
@@ -114,11 +119,19 @@ class Buckets:
                     bucket.fill(now, _most(name, bucket.rate))
                     taken = bucket.open.popleft()[1] if bucket.open else 0.0
                     cost = spent[name]
-                    if cost is None or not 0.0 <= cost < 1e15:
+                    if cost is None:
                         cost = taken  # nobody knows: it keeps what calls cost on average
                     elif cost > 0.0:  # a call that failed for nothing says nothing about the others
-                        bucket.cost = cost if not bucket.cost else 0.8 * bucket.cost + 0.2 * cost
+                        bucket.cost = _mean(bucket.cost, cost)
                     bucket.level = max(bucket.level + taken - cost, -MOST_OWED_S * bucket.rate)
+
+
+def _known(cost: float | None) -> float | None:
+    return cost if cost is not None and 0.0 <= cost < 1e15 else None
+
+
+def _mean(mean: float, cost: float) -> float:
+    return 0.8 * mean + 0.2 * cost if mean else cost
 
 
 def _most(name: str, rate: float) -> float:

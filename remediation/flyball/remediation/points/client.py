@@ -275,9 +275,11 @@ class PointClient:
                 self._applied[directive] = self._applied.get(directive, 0) + 1
 
     def charge(self, effect: Effect, *, tokens: float | None = None, usd: float | None = None) -> None:
-        """What a call that was let through has cost; to be told for failed ones too (0), and only where `effect.charges`."""
-        if effect.charges:
-            self._buckets.charge(effect.charges, tokens, usd)
+        """What a call that was let through has cost: 0 when it failed for nothing, None where nobody knows.
+
+        To be told of every call: what calls cost on average is what a new limit reckons with until its own are charged.
+        """
+        self._buckets.charge(effect.charges, tokens, usd)
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
