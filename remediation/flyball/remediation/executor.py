@@ -151,7 +151,7 @@ class Executor(Endings):
         resolved = incident.state is IncidentState.RESOLVED
         actors = tuple(sorted({c.actor for c in incident.changes if c.actor}))
         self._s.incidents[incident.id] = News(
-            change.at, incident.signal, actors, change.at if resolved else None
+            change.at, incident.signal, actors, change.at if resolved else None, incident.klass
         )
         out: list[Moved] = []
         for run in list(self._s.runs.values()) if resolved else ():
@@ -297,7 +297,7 @@ class Executor(Endings):
             phase="asking",
             stage_at=now,
             deadline_at=until,
-            before=figures_before(step, estate, self._settings.baseline_s),
+            before=figures_before(step, estate, self._settings.baseline_s, self._settings.verify),
         )
         run.stages.append(stage)
         values = {"waiting": waiting_hash(run.plan, step), "until": until, **params_of(step, 0)}
@@ -310,7 +310,7 @@ class Executor(Endings):
             granted_at=now,
             stage_at=now,
             deadline_at=now + step.timeout_s,
-            before=figures_before(step, estate, self._settings.baseline_s),
+            before=figures_before(step, estate, self._settings.baseline_s, self._settings.verify),
             checked_at=estate.now(),
         )
         run.stages.append(stage)

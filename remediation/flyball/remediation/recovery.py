@@ -28,10 +28,13 @@ from flyball.remediation.verify import (
     measure,
     shifted,
     source_health,
+    whole,
 )
 
 _ERROR_SIGNALS: Final = ("", "llm.errors", "llm.retries")
 """Trouble that shows as failing calls; `""` where the incident is not known."""
+_REFUSALS: Final = ("rate_limited", "quota_exhausted", "auth", "not_found")
+"""Classes of failures that do not count against a provider's health: its error share says nothing about them."""
 _SLOW_SIGNALS: Final = ("llm.latency", "llm.ttft")
 _COST_SIGNALS: Final = (
     "",
@@ -55,10 +58,11 @@ _LIMITED: Final[dict[str, Measure]] = {
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """What is known of the incident: its signal, empty where it is not known, and whether it is resolved."""
+    """What is known of the incident: its signal and class, empty where they are not known, and whether it is resolved."""
 
     signal: str = ""
     resolved: bool = False
+    klass: str = ""
 
     @property
     def over(self) -> Answer:
@@ -130,6 +134,8 @@ def source_over(
     """Whether the source is well again, by what was wrong with it. Each relapse doubles for how long it must be well."""
     span = settings.recover_over_s * 2.0 ** (stage.relapses if stage is not None else 0)
     span = min(span, settings.recover_within_s)
+    if trouble.klass in _REFUSALS:
+        return trouble.over
     if trouble.signal in _ERROR_SIGNALS:
         return source_health(step.source, estate, settings, span)
     if trouble.signal in _SLOW_SIGNALS:
@@ -170,7 +176,7 @@ def _unrefused(stage: Stage, now: float, settings: VerifySettings) -> Answer:
 
 def under_limit(step: PlanStep, index: int, estate: Estate, settings: VerifySettings) -> Answer:
     """Whether what is asked for, refusals included, lies under the limit. Nobody asking counts only while others do."""
-    span = settings.recover_over_s
+    span = whole(settings.recover_over_s, settings)
     calls, tried = estate.calls(step.scope, span), estate.attempts(step.scope, span)
     if not calls:
         return "yes" if estate.calls({}, span) else "unknown"
@@ -203,7 +209,7 @@ def uncapped(
     known = {what: value for what, value in normal.items() if value > 0.0}
     if not known or trouble.resolved or trouble.signal not in _COST_SIGNALS:
         return trouble.over
-    span = settings.recover_over_s
+    span = whole(settings.recover_over_s, settings)
     while estate.calls(step.source, span) < settings.min_probe and span * 2.0 <= settings.recover_within_s:
         span *= 2.0
     calls = estate.calls(step.source, span)

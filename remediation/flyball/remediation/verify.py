@@ -6,6 +6,7 @@ time limit is treated as failed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
@@ -66,6 +67,7 @@ def judge(
     span = estate.now() - since - settings.settle_s
     if span < settings.window_s:
         return None
+    span = whole(span, settings)
     values: dict[str, Any] = {"in_force": in_force, "span_s": round(span, 3)}
     expected = [_term(term, step, estate, span, before, values) for term in step.verify.expect]
     harmed = target_is_harmed(step, estate, span, settings, before)
@@ -88,8 +90,13 @@ def moves(step: PlanStep) -> bool:
     return step.source != step.target
 
 
+def whole(span_s: float, settings: VerifySettings) -> float:
+    """A span in whole windows, at least one: what an estate answers for, and so what rates must be taken over."""
+    return max(1.0, math.floor(span_s / settings.window_s + 1e-9)) * settings.window_s
+
+
 def measure(what: Measure, scope: Mapping[str, str], estate: Estate, span_s: float) -> float | None:
-    """One figure of the traffic in scope over a span; None where no call told it.
+    """One figure of the traffic in scope over a span of whole windows; None where no call told it.
 
     `calls` and `calls_per_min` count what got through: what an enforcement point refused is no load on anybody. For
     the same reason tokens and dollars are 0 where everything was refused.
@@ -122,9 +129,12 @@ def enough(what: Measure, scope: Mapping[str, str], estate: Estate, span_s: floa
     return estate.calls(scope, span_s) >= min_calls
 
 
-def figures_before(step: PlanStep, estate: Estate, span_s: float) -> dict[str, float]:
+def figures_before(
+    step: PlanStep, estate: Estate, span_s: float, settings: VerifySettings
+) -> dict[str, float]:
     """Every measure of a step's source and target, for `* before`; and the source's share of both, for shifts."""
     found: dict[str, float] = {}
+    span_s = whole(span_s, settings)
     for of, scope in (("from", step.source), ("to", step.target)):
         for what in _MEASURES:
             value = measure(what, scope, estate, span_s)
