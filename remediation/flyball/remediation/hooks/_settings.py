@@ -9,7 +9,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flyball.core.errors import ConfigError
-from flyball.remediation.http_guard import Allowed, HttpUrl, check_url, guarded_client
+from flyball.remediation.http_guard import Allowed, HttpUrl, Resolver, check_url, guarded_client
 from flyball.remediation.signing import SigningSecret
 
 
@@ -66,6 +66,6 @@ def allowed_of(hooks: Iterable[HookSettings]) -> Allowed:
     return Allowed.of(hosts=[urlsplit(h.url).hostname or "" for h in hooks if h.allow_private])
 
 
-def hooks_client(hooks: Iterable[HookSettings]) -> httpx.AsyncClient:
+def hooks_client(hooks: Iterable[HookSettings], resolver: Resolver | None = None) -> httpx.AsyncClient:
     """The guarded HTTP client for `HookClient`; to be closed by the caller."""
-    return guarded_client(allowed_of(hooks))
+    return guarded_client(allowed_of(hooks), resolver=resolver)
