@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flyball.core.columns import Window
+from flyball.core.events import AgentStep, GpuSample, LlmCall
+from flyball.runbooks.activity import MAX_RUNS, NEWEST
 from flyball.runbooks.candidates import best_healthy
 from flyball.runbooks.estate import LiveEstate
 from tests.remediation._estate import T0, Row, World, window
@@ -143,3 +145,125 @@ def test_the_world_of_these_tests_moves_what_directives_say() -> None:
     world = World({"a": 100, "b": 100})
     world.advance()
     assert world.estate.calls({"provider": "a"}, 10.0) == 100
+
+
+# --- tokens, latency, attempts ----------------------------------------------------------------------------------------------
+
+
+def test_attempts_leave_out_what_was_refused_on_the_way() -> None:
+    estate = estate_of([row("a", 100, 10, local=40)])
+    assert (estate.calls({"provider": "a"}, 10.0), estate.attempts({"provider": "a"}, 10.0)) == (100, 60)
+
+
+def test_tokens_per_minute_that_nobody_told_are_unknown() -> None:
+    estate = estate_of([row("a", 5), row("b", 5, tokens=600.0)])
+    assert estate.tokens_per_min({"provider": "a"}, 10.0) is None
+    assert estate.tokens_per_min({"provider": "b"}, 10.0) == 3600.0
+    assert estate.tokens_per_min({"provider": "b"}, 600.0) == 3600.0
+
+
+def test_latency_is_the_mean_over_calls_and_not_over_cells() -> None:
+    estate = estate_of(
+        [row("a", 30, latency_s=30.0), row("a", 10, tenant="t2", latency_s=50.0)], [row("b", 5)]
+    )
+    assert estate.latency_s({"provider": "a"}, 60.0) == 2.0
+    assert estate.latency_s({"provider": "b"}, 60.0) is None
+    assert estate.latency_s({"provider": "nobody"}, 60.0) is None
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_counted_by_its_steps_and_calls_and_what_was_refused_apart() -> None:
+    estate = LiveEstate()
+    estate.feed([window(T0, [row("a", 1)])])
+    estate.observe(
+        [
+            AgentStep(at=T0 + 1, run="r"),
+            LlmCall(at=T0 + 2, run="r"),
+            AgentStep(at=T0 + 3, run="r", error="timeout"),
+        ]
+    )
+    estate.observe(
+        [LlmCall(at=T0 + 4, run="r", error="gateway_local"), LlmCall(at=T0 + 5), AgentStep(at=T0 + 5)]
+    )
+    assert (estate.calls({"run": "r"}, 60.0), estate.attempts({"run": "r"}, 60.0)) == (4, 3)
+    assert estate.calls({"run": "r"}, 7.5) == 2
+    assert estate.calls({"run": "other"}, 60.0) == 0
+    assert estate.calls({"run": "r", "app": "shop"}, 60.0) == 0, "nobody could say whose run it is"
+
+
+def test_of_a_busy_run_only_the_newest_steps_are_known() -> None:
+    estate = LiveEstate()
+    estate.observe([AgentStep(at=T0 + i, run="r") for i in range(500)])
+    assert estate.calls({"run": "r"}, 10_000.0) == NEWEST
+
+
+def test_a_stream_of_new_runs_does_not_grow_it_for_ever() -> None:
+    estate = LiveEstate()
+    for i in range(40):
+        estate.observe([AgentStep(at=T0 + i, run=f"r{i}-{j}") for j in range(1000)])
+    assert len(estate._runs._runs) < 2 * MAX_RUNS
+    assert estate.calls({"run": "r39-999"}, 600.0) == 1
+
+
+def test_where_only_runs_are_watched_they_keep_the_time() -> None:
+    estate = LiveEstate()
+    estate.observe([AgentStep(at=T0 + 100.0, run="r")])
+    assert T0 + 60.0 <= estate.now() <= T0 + 70.0
+    estate.feed([window(T0 + 90.0, [row("a", 1)])])
+    assert estate.now() == T0 + 100.0
+    estate.observe([AgentStep(at=T0 + 120.0, run="r")])
+    assert estate.now() == T0 + 100.0, "windows that are still open are not overtaken"
+
+
+def test_a_clock_that_is_ahead_does_not_carry_the_time_away() -> None:
+    estate = LiveEstate()
+    estate.observe([AgentStep(at=T0 + 1e6, run="r"), GpuSample(at=T0 + 1e6, node="n", gpu="0")], now=T0)
+    assert estate.now() < T0
+    assert estate.calls({"run": "r"}, 60.0) == 1
+
+
+# --- GPUs -------------------------------------------------------------------------------------------------------------------
+
+
+def sample(node: str, gpu: str, at: float, deployment: str = "") -> GpuSample:
+    return GpuSample(at=at, node=node, gpu=gpu, deployment=deployment)
+
+
+def test_gpus_that_reported_lately_are_listed_by_node_gpu_and_deployment() -> None:
+    estate = LiveEstate()
+    estate.feed([window(T0, [row("a", 1)])])
+    estate.observe(
+        [sample("n1", "1", T0 + 5, "vllm"), sample("n1", "0", T0 + 5), sample("n2", "0", T0 - 200)]
+    )
+    estate.observe([GpuSample(at=T0 + 5, node="n3", deployment="vllm")])
+    assert estate.gpus({}, 300.0) == ["n1/0", "n1/1", "n2/0"]
+    assert estate.gpus({}, 60.0) == ["n1/0", "n1/1"]
+    assert estate.gpus({"node": "n2"}, 300.0) == ["n2/0"]
+    assert estate.gpus({"gpu": "n1/1"}, 300.0) == estate.gpus({"gpu": "1"}, 300.0) == ["n1/1"]
+    assert estate.gpus({"deployment": "vllm"}, 300.0) == ["n1/1"]
+    assert estate.gpus({"tenant": "t"}, 300.0) == []
+
+
+EVENTS = st.lists(
+    st.builds(AgentStep, at=st.integers(0, 900).map(lambda s: T0 + s), run=st.sampled_from(["", "r1", "r2"]), error=st.sampled_from(["", "gateway_local"]))
+    | st.builds(sample, st.sampled_from(["n1", "n2"]), st.sampled_from("01"), st.integers(0, 900).map(lambda s: T0 + s)),
+    max_size=120,
+)  # fmt: skip
+
+
+@given(EVENTS, st.integers(0, 120))
+@settings(max_examples=60, deadline=None)
+def test_a_restart_changes_nothing_about_runs_and_gpus(events: list[AgentStep | GpuSample], cut: int) -> None:
+    straight, first = LiveEstate(), LiveEstate()
+    for e in events:
+        straight.observe([e])
+    first.observe(events[:cut])
+    second = LiveEstate()
+    second.restore(first.snapshot())
+    second.observe(events[cut:])
+    assert second.snapshot() == straight.snapshot()
+    for span in (10.0, 60.0, 600.0):
+        assert second.gpus({}, span) == straight.gpus({}, span)
+        assert second.calls({"run": "r1"}, span) == straight.calls({"run": "r1"}, span)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from flyball.core.directives import StopChange
 from flyball.core.estate import Estate
 from flyball.core.incident import Incident
 from flyball.core.plans import Mode, Plan, Refusal, format_duration, lower_mode
@@ -142,11 +143,13 @@ def _telemetry(q: Question) -> Check:
 
 def _stopped(q: Question) -> Check:
     stop = q.standing.stops.against(q.runbook.name, _actions(q))
-    if stop is None:
-        return Check("stopped", True, "nothing stops it")
-    why = f": {stop.reason}" if stop.reason else ""
-    text = f"{stop.by} stopped {stop.scope}{why}"
-    return Check("stopped", False, text, {"scope": stop.scope, "by": stop.by, "at": stop.at}, hold=True)
+    return Check("stopped", True, "nothing stops it") if stop is None else _stop_check("stopped", stop)
+
+
+def _stop_check(name: str, stop: StopChange) -> Check:
+    text = f"{stop.by} stopped {stop.scope}{f': {stop.reason}' if stop.reason else ''}"
+    values = {"scope": stop.scope, "by": stop.by, "at": stop.at}
+    return Check(name, False, text, values, reason="stopped", hold=True)
 
 
 def _actions(q: Question) -> list[str]:
@@ -238,19 +241,13 @@ def _preconditions(q: Question) -> Iterator[Check]:
 
 def _stopped_here(q: Question) -> Check:
     """A stop for one tenant forbids what is aimed at it; what is aimed wider leaves it out, see `Directive.exempt`."""
-    tenant = q.incident.scope.get("tenant")
-    scopes = [
-        {**step.scope, "tenant": tenant}
-        if tenant and any(k in step.scope for k in ONE_SUBJECT)
-        else step.scope
-        for step in q.plan.steps
-    ]
-    stop = q.standing.stops.against(q.runbook.name, [], scopes)
-    if stop is None:
-        return Check("stopped_tenant", True, "no stopped tenant is aimed at", reason="stopped")
-    text = f"{stop.by} stopped {stop.scope}{f': {stop.reason}' if stop.reason else ''}"
-    values = {"scope": stop.scope, "by": stop.by, "at": stop.at}
-    return Check("stopped_tenant", False, text, values, reason="stopped", hold=True)
+    about = q.incident.scope.get("tenant", "")
+    for step in q.plan.steps:
+        aimed_at = about if any(k in step.scope for k in ONE_SUBJECT) else ""
+        stop = q.standing.stops.live.get(f"tenant:{step.scope.get('tenant') or aimed_at}")
+        if stop is not None:
+            return _stop_check("stopped_tenant", stop)
+    return Check("stopped_tenant", True, "no stopped tenant is aimed at")
 
 
 def _attempts_here(q: Question) -> Check:
