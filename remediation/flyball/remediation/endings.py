@@ -65,7 +65,9 @@ class Endings:
 
     def _trouble(self, plan: Plan) -> Trouble:
         news = self._s.incidents.get(plan.incident)
-        return Trouble() if news is None else Trouble(news.signal, news.resolved_at is not None)
+        return (
+            Trouble() if news is None else Trouble(news.signal, news.resolved_at is not None, news.klass)
+        )
 
     def _well(self, plan: Plan, step: PlanStep, estate: Estate) -> bool:
         """Whether there is nothing to act on any more, as far as it can be seen before acting."""

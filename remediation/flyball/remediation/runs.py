@@ -86,12 +86,13 @@ class Run(msgspec.Struct):
 
 
 class News(msgspec.Struct):
-    """What is known of an incident: its signal, who made the changes related to it, and when it was resolved."""
+    """What is known of an incident: its signal and class, who made the changes related to it, and when it was resolved."""
 
     at: float
     signal: str = ""
     actors: tuple[str, ...] = ()
     resolved_at: float | None = None
+    klass: str = ""
 
 
 class State(msgspec.Struct):
