@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -156,9 +156,11 @@ class Site:
         asked = waiting if waiting is not None else self.executor.waiting(self.now)[0].hash
         return self.feed(Approval(waiting=asked, approve=approve, by=by, at=self.now))
 
-    def incident(self, state: str = "open", signal: str = "llm.cost", actor: str = "") -> list[Moved]:
+    def incident(
+        self, state: str = "open", signal: str = "llm.cost", actor: str = "", id: str = "INC-1"
+    ) -> list[Moved]:
         found = Incident(
-            id="INC-1", at=T0, since=T0, updated_at=self.now, root=Entity("tenant", "t1"), signal=signal,
+            id=id, at=T0, since=T0, updated_at=self.now, root=Entity("tenant", "t1"), signal=signal,
             severity=Severity.HIGH, state=IncidentState(state),
             changes=(RelatedChange(T0, "deploy", "x", actor=actor),) if actor else (),
         )  # fmt: skip
@@ -177,7 +179,7 @@ class Site:
         for _ in range(windows):
             live = self.executor.directives(self.now) if self.obeys else []
             counts = {d.id: 0 for d in live}
-            flows = [_obey(c, live, counts) for c in self.customers]
+            flows = [flow for c in self.customers for flow in _obey(c, live, counts)]
             self.now += WINDOW_S
             self.facts.add(self.now, flows)
         return counts
@@ -201,7 +203,7 @@ class Site:
         return self.executor.directives(self.now)
 
 
-def _obey(customer: Customer, live: Sequence[Directive], counts: dict[str, int]) -> Flow:
+def _obey(customer: Customer, live: Sequence[Directive], counts: dict[str, int]) -> list[Flow]:
     calls, passed, usd, tokens = customer.calls, float(customer.calls), customer.usd, customer.tokens
     for d in sorted(
         live, key=lambda d: d.kind != "cap"
@@ -214,6 +216,14 @@ def _obey(customer: Customer, live: Sequence[Directive], counts: dict[str, int])
             usd = usd * 0.2 if "model" in d.params else usd
             tokens = min(tokens, d.params.get("output_tokens", tokens))
             counts[d.id] += calls
+        if d.kind == "redirect":
+            moved = round(calls * d.params["share"])
+            counts[d.id] += moved
+            elsewhere = Flow(
+                {**customer.labels, **d.params["to"]}, moved, usd=moved * usd, tokens=moved * tokens
+            )
+            rest = replace(customer, calls=calls - moved)
+            return [elsewhere, *_obey(rest, [other for other in live if other.kind != "redirect"], counts)]
         allowed = passed
         if d.kind == "block":
             allowed = 0.0
@@ -226,7 +236,7 @@ def _obey(customer: Customer, live: Sequence[Directive], counts: dict[str, int])
         counts[d.id] += 0 if d.kind == "cap" else round(passed - allowed)
         passed = allowed
     tried = round(passed)
-    return Flow(
+    flow = Flow(
         labels=customer.labels,
         calls=calls,
         refused=calls - tried,
@@ -235,6 +245,7 @@ def _obey(customer: Customer, live: Sequence[Directive], counts: dict[str, int])
         tokens=tried * tokens if tried else None,
         latency_s=customer.latency_s if tried else None,
     )
+    return [flow]
 
 
 def tenant(name: str, calls: int, **more: Any) -> Customer:
@@ -282,6 +293,20 @@ def cap(**more: Any) -> PlanStep:
 def block(scope: dict[str, str] | None = None, **more: Any) -> PlanStep:
     gone = Verify(within_s=60.0, expect=(Term("calls", "from", "<", 1.0),), against="nothing")
     return step("block", {"reason": "loop"}, scope=scope or {"run": "r1"}, **{"verify": gone, **more})
+
+
+def redirect(*shares: float, **more: Any) -> PlanStep:
+    """Leaves provider b for a."""
+    source, target = {"provider": "b"}, {"provider": "a"}
+    stages = [{"to": target, "share": share} for share in shares]
+    fields = {
+        "verify": Verify(),
+        "target": target,
+        "timeout_s": 180.0 * len(stages),
+        "hold_s": 3600.0,
+        **more,
+    }
+    return step("redirect", *stages, scope=source, **fields)
 
 
 def drain(**more: Any) -> PlanStep:

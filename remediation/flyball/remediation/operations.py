@@ -191,7 +191,7 @@ class Work(msgspec.Struct):
 
     def _started(self, report: OperationReport, now: float) -> Turned:
         status, live = report.status, self.state in ("reserved", "accepted")
-        if self.state in ("applied", "undoing", "backoff"):
+        if self.state in ("applied", "backoff") or self.order.verb == "undo":
             return _NOTHING
         if status == "accepted":
             if self.state == "reserved":
