@@ -198,5 +198,6 @@ def test_ten_thousand_steps_keep_every_invariant() -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_a_hundred_thousand_steps_keep_every_invariant() -> None:
     run_state_machine_as_test(Interleavings, settings=settings(max_examples=2_000, **_COMMON))  # type: ignore[arg-type]
