@@ -103,7 +103,8 @@ class Planner:
     # --- in -------------------------------------------------------------------------------------------------------
 
     def feed(self, items: Sequence[Item], estate: Estate, now: float) -> list[Planned]:
-        """News. Incidents are judged at once, and a person's answers taken; the rest moves locks, limits and cooldowns."""
+        """News. Incidents are judged at once; each answer of a person gets its one decision; the rest moves locks, limits and
+        cooldowns, which the next tick heeds."""
         touched: dict[str, None] = {}
         out: list[Planned] = []
         for item in items:
@@ -115,9 +116,7 @@ class Planner:
             elif isinstance(item, DirectiveChange):
                 self._directive(item)
             elif isinstance(item, Approval):
-                planned = self._answer(item, estate, now)
-                touched[planned[0].incident] = None
-                out.append(planned)
+                out.append(self._answer(item, estate, now))
             elif isinstance(item, StopChange):
                 self._stop(item, now)
         out += self._decide(list(touched), estate, now)
