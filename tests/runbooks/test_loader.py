@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import string
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from flyball.core.errors import ConfigError
 from flyball.remediation.actions import registry
@@ -20,7 +17,6 @@ from flyball.runbooks.loader import (
     load_runbooks,
     load_texts,
 )
-from flyball.runbooks.yaml_nodes import parse
 
 ACTIONS = registry()
 
@@ -223,53 +219,3 @@ def test_a_path_that_is_not_there_is_said_so(tmp_path: Path) -> None:
 
 def test_an_empty_set_is_a_set() -> None:
     assert len(RunbookSet()) == 0
-
-
-SPICE = ["{", "}", "[", "]", ":", "&a", "*a", "!!x", "|", ">", "'", '"', "%", "\n", "  ", "- ", "? ", "\t", "\x00", "é", "\ud800", "{{", "<<"]  # fmt: skip
-
-
-@given(
-    st.integers(0, len(GOOD)),
-    st.integers(0, 40),
-    st.lists(st.sampled_from(SPICE) | st.text(max_size=6), max_size=5),
-)
-@settings(max_examples=300, deadline=None)
-def test_no_damage_to_a_runbook_crashes_the_loader(at: int, cut: int, spice: list[str]) -> None:
-    errors_of(GOOD[:at] + "".join(spice) + GOOD[at + cut :])
-
-
-@given(st.binary(max_size=200))
-@settings(max_examples=200, deadline=None)
-def test_no_bytes_crash_the_loader(data: bytes) -> None:
-    assert errors_of(data) != []
-
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(string.printable, max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(string.ascii_letters, max_size=8), inner, max_size=3),
-    max_leaves=8,
-)  # fmt: skip
-FIELDS = [
-    "name",
-    "owner",
-    "when",
-    "hold",
-    "mode",
-    "params",
-    "preconditions",
-    "limits",
-    "steps",
-    "on_failure",
-    "tests",
-]
-
-
-@given(st.sampled_from(FIELDS), VALUES)
-@settings(max_examples=300, deadline=None)
-def test_no_value_in_any_field_crashes_the_loader(field: str, value: object) -> None:
-    import yaml
-
-    raw = parse(GOOD, "f.yaml").root.plain()
-    raw[field] = value
-    text = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
-    errors_of(text)

@@ -34,6 +34,7 @@ from flyball.runbooks.yaml_nodes import MAX_BYTES, Document, Node, parse
 
 Location = tuple[int | str, ...]
 _STEP_FIELDS: Final = frozenset(StepModel.model_fields)
+MAX_ERRORS: Final = 50
 _REFERENCE: Final = re.compile(r"\$[A-Za-z_][\w.]*", re.ASCII)
 _NOT_PLAIN: Final = re.compile(
     r"\{\{|\{%|\{#|\$\{|\$\(|<%|`|\$(?:incident|params)\b"
@@ -135,6 +136,10 @@ def place_of(error: ConfigError) -> tuple[int, int]:
     return int(line), int(column)
 
 
+class _TooMany(Exception):
+    """More mistakes than anybody reads, and a way to keep the loader busy."""
+
+
 class _Check:
     """The way of one document to a Runbook, collecting errors as it goes."""
 
@@ -148,16 +153,24 @@ class _Check:
         self._params: dict[str, Any] = {}
 
     def run(self) -> tuple[Runbook | None, list[ConfigError]]:
+        try:
+            return self._run(), self._errors
+        except _TooMany:
+            what = f"more than {MAX_ERRORS} mistakes; mend these first"
+            last = max(place_of(e) for e in self._errors)
+            return None, [*self._errors, self._doc.error("RB108", what, *last)]
+
+    def _run(self) -> Runbook | None:
         root = self._doc.root
         if not isinstance(root.value, dict):
             self._say("RB108", "this is no mapping; a runbook begins with `runbook: v1`", ())
-            return None, self._errors
+            return None
         raw = root.plain()
         self._refuse_empty(root, ())
         calls = self._split_steps(raw)
         model = self._validate(RunbookModel, raw, ())
         if not isinstance(model, RunbookModel):
-            return None, self._errors
+            return None
         self._params = model.params
         self._check_params(model.params)
         condition = self._condition(model.when, ("when",))
@@ -165,33 +178,32 @@ class _Check:
             (p.id, self._condition(p.check, ("preconditions", i, "check")))
             for i, p in enumerate(model.preconditions)
         ]
+        for i, (name, _) in enumerate(checks):
+            if name in [other for other, _ in checks[:i]]:
+                what = f"two preconditions are called {name!r}; rename one"
+                self._say("RB111", what, ("preconditions", i, "id"))
         steps = [
             self._step(i, step, *call) for i, (step, call) in enumerate(zip(model.steps, calls, strict=True))
         ]
         self._cross_check(model, steps)
         if self._errors or condition is None:
-            return None, self._errors
-        return (
-            Runbook(
-                model=model,
-                mode=model.mode,
-                condition=condition,
-                preconditions=tuple((name, c) for name, c in checks if c is not None),
-                steps=tuple(s for s in steps if s is not None),
-                path=self._doc.path,
-                text=self._doc.text,
-                source=self._source,
-            ),
-            [],
+            return None
+        return Runbook(
+            model=model,
+            mode=model.mode,
+            condition=condition,
+            preconditions=tuple((name, c) for name, c in checks if c is not None),
+            steps=tuple(s for s in steps if s is not None),
+            path=self._doc.path,
+            text=self._doc.text,
+            source=self._source,
         )
 
     def _refuse_empty(self, node: Node, location: Location) -> None:
         """A key without a value says nothing: `tenants:` must not be read as no limit. An action may stand without parameters."""
         if isinstance(node.value, dict):
             for name, inner in node.value.items():
-                if not _SPLIT_CALL.search(
-                    name
-                ):  # `lab: f(a=1, b=2)` without quotes: told as an unknown field
+                if not _SPLIT_CALL.search(name):  # an unquoted `f(a=1, b=2)`: told as an unknown field
                     self._refuse_empty(inner, (*location, name))
         elif isinstance(node.value, list):
             for i, inner in enumerate(node.value):
@@ -209,7 +221,12 @@ class _Check:
                 self._say("RB108", what, ("params", name), key=True)
 
     def _say(self, code: str, what: str, location: Location, *, key: bool = False) -> None:
-        self._errors.append(self._doc.error(code, what, *self._doc.place(location, key=key)))
+        self._say_at(code, what, self._doc.place(location, key=key))
+
+    def _say_at(self, code: str, what: str, place: tuple[int, int]) -> None:
+        if len(self._errors) >= MAX_ERRORS:
+            raise _TooMany
+        self._errors.append(self._doc.error(code, what, *place))
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
@@ -227,10 +244,9 @@ class _Check:
             known = [name for name in names if name in self._actions.kinds()]
             for name in names:
                 if name not in known:
-                    hint = did_you_mean(name, [*self._actions.kinds(), *_STEP_FIELDS])
-                    self._say(
-                        "RB109", f"unknown action or field {name!r}{hint}", ("steps", i, name), key=True
-                    )
+                    hint = did_you_mean(name[:64], [*self._actions.kinds(), *_STEP_FIELDS])
+                    what = f"unknown action or field {name[:64]!r}{hint}"
+                    self._say("RB109", what, ("steps", i, name), key=True)
             if not names:
                 hint = ", ".join(self._actions.kinds())
                 self._say("RB112", f"a step needs one action; write one of {hint}", ("steps", i))
@@ -296,19 +312,19 @@ class _Check:
         if value.startswith("$params."):
             name = value.removeprefix("$params.")
             if name not in self._params:
-                self._say("RB113", f"unknown reference {value!r}{self._offer(value, known)}", location)
+                self._say("RB113", f"unknown reference {value[:64]!r}{self._offer(value, known)}", location)
                 return value
             if isinstance(self._params[name], str):
                 self._plain_text(self._params[name], location)
             return self._params[name]
         if value.startswith("$") and value not in known and _REFERENCE.fullmatch(value):
-            self._say("RB113", f"unknown reference {value!r}{self._offer(value, known)}", location)
+            self._say("RB113", f"unknown reference {value[:64]!r}{self._offer(value, known)}", location)
         elif value not in known:
             self._plain_text(value, location)
         return value
 
     def _offer(self, value: str, known: frozenset[str]) -> str:
-        return did_you_mean(value, [*known, *(f"$params.{p}" for p in self._params)])
+        return did_you_mean(value[:64], [*known, *(f"$params.{p}" for p in self._params)])
 
     def _plain_text(self, value: str, location: Location, *, key: bool = False) -> None:
         """Values reach gateways, hooks and people as they stand: nothing in them may look like a template, a command or a control."""
@@ -331,7 +347,7 @@ class _Check:
             node = self._doc.node(*location)
             place = self._doc.inside(node, source.index(mark)) if node else self._doc.place(location)
             what = "a template in a condition; name the value itself, for example incident.root.name"
-            self._errors.append(self._doc.error("RB114", what, *place))
+            self._say_at("RB114", what, place)
             return None
         try:
             return compile_condition(source, self._params)
@@ -342,7 +358,7 @@ class _Check:
     def _condition_error(self, error: ConditionError, location: Location) -> None:
         node = self._doc.node(*location)
         place = self._doc.inside(node, error.offset) if node is not None else self._doc.place(location)
-        self._errors.append(self._doc.error(error.code, error.what, *place))
+        self._say_at(error.code, error.what, place)
 
     # --- models ---------------------------------------------------------------------------------------------------
 
@@ -356,7 +372,9 @@ class _Check:
             for detail in details:
                 *parent, name = detail["loc"] or ("",)
                 beside = [str(loc[-1]) for loc in unknown if list(loc[:-1]) == parent]
-                if detail["type"] == "missing" and difflib.get_close_matches(str(name), beside, 1):
+                if detail["type"] == "missing" and difflib.get_close_matches(
+                    str(name), beside[:MAX_ERRORS], 1
+                ):
                     continue  # it is there, misspelt
                 self._model_error(model, base, detail)
             return None
@@ -366,19 +384,19 @@ class _Check:
         location = (*base, *loc)
         name = str(loc[-1]) if loc else ""
         if detail["type"] == "extra_forbidden":
-            hint = did_you_mean(name, fields_at(model, loc[:-1]))
+            hint = did_you_mean(name[:64], fields_at(model, loc[:-1]))
             if _SPLIT_CALL.search(name):
                 hint = "; quote text that contains a comma"
-            self._say("RB101", f"unknown field {name!r}{hint}", location, key=True)
+            self._say("RB101", f"unknown field {name[:64]!r}{hint}", location, key=True)
         elif detail["type"] == "missing":
             self._say("RB102", f"{name!r} is missing; write `{name}: …`", location[:-1])
         else:
-            line, column = self._doc.place(location)
+            place = self._doc.place(location)
             # Each member of a union reports its own; what is empty is said already.
-            if any(e.where == f"{self._doc.path}:{line}:{column}" for e in self._errors):
+            if any(place_of(e) == place for e in self._errors):
                 return
             label = ".".join(str(p) for p in location if isinstance(p, str)) or "runbook"
-            self._errors.append(self._doc.error("RB108", f"{label}: {told(detail)}", line, column))
+            self._say_at("RB108", f"{label[:120]}: {told(detail)}", place)
 
     def _cross_check(self, model: RunbookModel, steps: Sequence[RunbookStep | None]) -> None:
         if model.hold >= model.max_age:

@@ -120,7 +120,7 @@ class VerifyModel(_Strict):
     within: Annotated[DurationS, _between(10.0, DAY_S)] = Field(
         180.0, description="time limit for each stage"
     )
-    expect: str = Field(
+    expect: Annotated[str, Field(max_length=1000)] = Field(
         'errors("to") < 0.02',
         description="comparisons joined by `&&`, each a number or a part of what was before: "
         '`usd_per_hour("from") < 0.7 * before`',
@@ -259,7 +259,9 @@ class RunbookModel(_Strict):
         description="steps and their stages are rungs: the next is taken when one does not verify, and verified is enough",
     )
     params: dict[str, Annotated[str | int | float | bool, BeforeValidator(_constant)]] = Field(
-        {}, description="own constants: `params.NAME` in conditions, `$params.NAME` in an action's parameters"
+        {},
+        max_length=50,
+        description="own constants: `params.NAME` in conditions, `$params.NAME` in an action's parameters",
     )
     preconditions: Annotated[list[Precondition], Field(max_length=20)] = Field(
         [], description="conditions on live traffic that must all hold at the moment of planning"
