@@ -565,7 +565,7 @@ def _written(field: Any) -> str:
     if isinstance(value, float) and "share" in names.lower():
         return f"`{value:.0%}`"
     if isinstance(value, tuple) and value:
-        return "`[" + ", ".join(f"{v:.0%}" for v in value) + "]`"
+        return "`[" + ", ".join(f"{v:.0%}" if isinstance(v, float) else str(v) for v in value) + "]`"
     return _value(value)
 
 

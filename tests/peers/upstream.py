@@ -83,7 +83,7 @@ class Governor:
         async def directives(request: Request, wait: float = 0.0) -> Response:
             end = time.monotonic() + wait
             while request.headers.get("if-none-match") == f'"{self.version}"':
-                if time.monotonic() >= end:
+                if time.monotonic() >= end or await request.is_disconnected():
                     return Response(status_code=304)
                 await asyncio.sleep(0.02)
             return JSONResponse(self.held, headers={"ETag": f'"{self.version}"'})

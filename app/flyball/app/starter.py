@@ -43,6 +43,9 @@ Send LiteLLM traffic: in LiteLLM's config.yaml
                       and in its environment
                           GENERIC_LOGGER_ENDPOINT=http://127.0.0.1:4390/ingest/litellm
 
+And let it act there: the same list with the guard in it, and FLYBALL_URL=http://127.0.0.1:4390
+                            callbacks: ["generic_api", "flyball.remediation.points.litellm.guard"]
+
 Send OpenTelemetry:   OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4390 OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf
 
 See that it arrives:  flyball status      What is wrong: flyball doctor"""

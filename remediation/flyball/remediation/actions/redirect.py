@@ -13,7 +13,7 @@ BEST_HEALTHY = "best_healthy"
 
 
 class Redirect:
-    """Redirects calls of one provider. Never all of them: `PROBE_SHARE` stays, or recovery could not be seen.
+    """Redirects calls of one provider. Never all of them: 5 % stay with it, or its recovery could not be seen.
 
     Which calls go is decided by a stable hash at the enforcement point, so that one session does not jump back and forth.
     """
