@@ -240,7 +240,7 @@ def test_slack_buttons_carry_nothing_that_could_widen_their_target() -> None:
     slack = slack_hook(interactive=True)
     elements = slack.payload(message_for(change, "slack"), change.incident)["blocks"][-1]["elements"]
     values = [e["value"] for e in elements if "value" in e]
-    assert values == [f"v1|{a}|INC-7QF3XK2P|1" for a in ("ack", "keep", "undo", "silence", "not_useful")]
+    assert values == [f"v1|{a}|INC-7QF3XK2P|1|" for a in ("ack", "undo", "silence")]
     assert [e["url"] for e in elements if "url" in e] == [
         "https://flyball.example/v1/incidents/INC-7QF3XK2P",
         "https://status.example/1",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 
@@ -41,7 +42,7 @@ def test_the_first_screen_is_the_one_of_the_documentation() -> None:
         'Changed: 02:11 status page says "elevated errors"',
         "Done: provider-failover (25 % to bedrock, verified)",
         "Refused: budget-throttle (guard: cooldown until 02:40)",
-        "Next: [acknowledge] [keep 1 h] [undo now] [silence 1 h] [not useful] flyball incident show INC-7QF3XK2P --why",
+        "Next: [acknowledge] [undo now] [silence 1 h] flyball incident show INC-7QF3XK2P --why",
         "Why you: severity ≥ high on owner llm-platform; first notice",
     )
 
@@ -65,6 +66,52 @@ def test_buttons_are_shown_only_where_they_can_be_pressed() -> None:
     message = render(opened(), Audience("webhook"))
     assert message.buttons == ()
     assert message.lines[6] == "Next: flyball incident show INC-7QF3XK2P --why"
+
+
+WAITS = ActionNote(
+    AT + 20, "provider-failover", "suggest", "mode_suggest", detail="25 % to bedrock", plan="PLAN-7QF3XK2A4B",
+    until=AT + 620,
+)  # fmt: skip
+
+
+def test_a_plan_that_waits_is_shown_with_its_hash_and_until_when_and_can_be_answered() -> None:
+    message = render(opened(outage(actions=(WAITS,))))
+    assert message.lines[4] == "Done: nothing · waits for you: provider-failover PLAN-7QF3XK2A4B until 02:25"
+    assert [(b.action, b.subject) for b in message.buttons[:2]] == [
+        ("approve", "PLAN-7QF3XK2A4B"),
+        ("deny", "PLAN-7QF3XK2A4B"),
+    ]
+    assert message.buttons[0].confirm == "provider-failover PLAN-7QF3XK2A4B until 02:25: 25 % to bedrock"
+    update = render(opened(outage(actions=(WAITS,))), Audience("slack", first=False)).update
+    assert "waits for you: provider-failover PLAN-7QF3XK2A4B until 02:25" in update[-1]
+
+
+def test_where_buttons_cannot_be_pressed_the_command_that_approves_is_named() -> None:
+    message = render(opened(outage(actions=(WAITS,))), Audience("webhook"))
+    assert "Next: flyball approve PLAN-7QF3XK2A4B · flyball incident show INC-7QF3XK2P --why" in message.lines
+
+
+def test_a_plan_whose_time_is_over_can_no_longer_be_answered() -> None:
+    late = msgspec.structs.replace(WAITS, until=AT - 1)
+    message = render(opened(outage(actions=(late,))))
+    assert "approve" not in {b.action for b in message.buttons}
+    assert not any("waits for you" in line for line in message.lines)
+
+
+def test_who_approved_is_said() -> None:
+    done = ActionNote(
+        AT + 30, "provider-failover", "run", "approved", "verified", "25 % to bedrock", "DIR-1", by="ann"
+    )
+    message = render(opened(outage(actions=(done,))))
+    assert message.lines[4] == "Done: provider-failover (25 % to bedrock, verified, approved by ann)"
+
+
+def test_of_two_plans_each_button_says_whose_it_is() -> None:
+    other = msgspec.structs.replace(WAITS, runbook="rate-limit-shed", plan="PLAN-OTHER")
+    message = render(opened(outage(actions=(WAITS, other))))
+    assert [b.label for b in message.buttons[:4]] == [
+        "approve provider-failover", "deny provider-failover", "approve rate-limit-shed", "deny rate-limit-shed",
+    ]  # fmt: skip
 
 
 def test_every_message_says_why_it_was_sent() -> None:

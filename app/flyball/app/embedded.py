@@ -429,9 +429,8 @@ class Embedded:
         where = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error}"[:500]
         _log.error(
-            "record.left_out", position=record.position, why=reason, at=f"{where.filename}:{where.lineno}",
-            exc_info=error,
-        )  # fmt: skip
+            "record.left_out", position=record.position, why=reason, at=f"{where.filename}:{where.lineno}"
+        )
         with self.reader.connect() as c:
             row = store.read_log(c, record.position - 1, record.position)[0]
         self._skip.add(record.position)

@@ -49,7 +49,6 @@ from flyball.remediation import actions
 from flyball.remediation.executor import Executor, ExecutorSettings
 from flyball.remediation.scripted import ScriptedExecutor
 from flyball.remediation.verify import VerifySettings
-from flyball.runbooks.answers import own_change
 from flyball.runbooks.estate import LiveEstate
 from flyball.runbooks.explain import Explained
 from flyball.runbooks.loader import RunbookSet
@@ -393,13 +392,12 @@ class Pipeline:
         known = step or plan
         reason, values = "", dict[str, Any]()
         if step is not None:
-            incident = self._correlator.find(step.plan.incident)
-            refused = own_change(order, incident) if order.approve and incident is not None else None
-            if refused is not None:
-                reason, values = refused.reason, {"detail": refused.detail}
-            accepted = refused is None
-            if accepted:
-                self._sort_out(self._executor.feed([order], self._estate, self._now), out)
+            moved = list(self._executor.feed([order], self._estate, self._now))
+            self._sort_out(moved, out)
+            # What speaks of the answer itself is its refusal; what it began does not.
+            no = next((o for o in out.outcomes if o.values.get("waiting") == order.waiting), None)
+            accepted = no is None or (not order.approve and no.reason == "denied")
+            reason = "" if accepted or no is None else no.reason
         else:
             planned = list(self._planner.feed([order], self._estate, self._now))
             accepted = any((p is not None) if order.approve else d.reason == "denied" for d, p in planned)

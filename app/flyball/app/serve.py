@@ -19,6 +19,7 @@ import uvicorn
 
 from flyball.app.clock import SystemClock, monotonic
 from flyball.app.embedded import Embedded, Limits, Retention
+from flyball.app.hooks import dispatching
 from flyball.app.http.server import create_app
 from flyball.app.logs import configure_logging
 from flyball.app.notify import AlertRouter, notifications
@@ -156,6 +157,7 @@ class Background:
             self._ticks(),
             self._watch.run(),
             *notifications(self._runtime, self._settings),
+            *dispatching(self._runtime, self._settings),
             *scrapes(self._runtime, self._settings),
         ]
         tasks = [asyncio.create_task(work) for work in works]

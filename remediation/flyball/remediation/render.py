@@ -76,12 +76,16 @@ class Audience:
 
 @dataclass(frozen=True, slots=True)
 class Button:
-    """Something a person can do from the message. `action` is a stable word; what it acts on is the incident, never text of it."""
+    """Something a person can do from the message. `action` is a stable word; what it acts on is the incident, never text of it.
 
-    action: Literal["ack", "keep", "undo", "silence", "not_useful"]
+    subject: hash of what an answer is bound to; empty where it is the incident.
+    """
+
+    action: Literal["approve", "deny", "ack", "undo", "silence"]
     label: str
     style: Literal["", "primary", "danger"] = ""
     confirm: str = ""
+    subject: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,7 +383,8 @@ class Renderer:
         incident, at = change.incident, change.at
         latest = _latest(incident.actions[-200:])
         done = [a for a in latest if a.decision == "run"]
-        live = any(a.outcome in ("granted", "in_force", "verified") for a in done)
+        live = any(a.directive and a.outcome in _IN_FORCE for a in done)
+        waiting = [a for a in incident.actions[-200:] if a.plan and (a.until is None or a.until > at)]
         return {
             "incident": incident,
             "change": change,
@@ -399,9 +404,11 @@ class Renderer:
             "changes": incident.changes[:20],
             "actions": incident.actions[-20:],
             "done": [_action_text(a) for a in done],
-            "suggested": [a.runbook for a in latest if a.decision == "suggest"],
+            "suggested": [a.runbook for a in latest if a.decision == "suggest" and not a.plan],
+            "waiting": [_waiting_text(a, at) for a in waiting],
+            "answer": f"flyball approve {fit(waiting[-1].plan, 40)}" if waiting else "",
             "refused": [_action_text(a) for a in latest if a.decision in ("refuse", "hold")],
-            "buttons": _buttons(incident, live) if audience.interactive else (),
+            "buttons": _buttons(incident, live, waiting, at) if audience.interactive else (),
             "details": self._details(incident),
             "why": audience.why or "every incident goes here",
             "notice": notice(change, audience.first),
@@ -516,20 +523,40 @@ def _latest(actions: Sequence[ActionNote]) -> list[ActionNote]:
     return list(last.values())
 
 
+_IN_FORCE: Final = ("granted", "in_force", "applied", "verified")
+
+
 def _action_text(note: ActionNote) -> str:
     what = fit(note.detail, 60) or fit(note.reason, 60)
     outcome = f", {note.outcome.replace('_', ' ')}" if note.outcome else ""
-    return f"{fit(note.runbook, 40)} ({what}{outcome})" if what or outcome else fit(note.runbook, 40)
+    by = f", approved by {fit(note.by, 30)}" if note.by and note.decision == "run" else ""
+    by = by or (f", by {fit(note.by, 30)}" if note.by else "")
+    return f"{fit(note.runbook, 40)} ({what}{outcome}{by})" if what or outcome else fit(note.runbook, 40)
 
 
-def _buttons(incident: Incident, live: bool) -> tuple[Button, ...]:
+def _waiting_text(note: ActionNote, at: float) -> str:
+    """`provider-failover PLAN-7QF3XK2A4B until 10:42`: what an answer is bound to, and how long it counts."""
+    until = f" until {clock(note.until, at)}" if note.until is not None else ""
+    return f"{fit(note.runbook, 40)} {fit(note.plan, 24)}{until}"
+
+
+_MOST_ANSWERS: Final = 2
+
+
+def _buttons(incident: Incident, live: bool, waiting: Sequence[ActionNote], at: float) -> tuple[Button, ...]:
     if incident.state is State.RESOLVED:
-        return (Button("not_useful", "not useful"),)
-    buttons = [] if incident.acknowledged_by else [Button("ack", "acknowledge", "primary")]
+        return ()
+    buttons = []
+    for note in waiting[-_MOST_ANSWERS:]:
+        which = f" {fit(note.runbook, 40)}" if len(waiting) > 1 else ""
+        what = f"{_waiting_text(note, at)}: {fit(note.detail, 120)}"
+        buttons.append(Button("approve", f"approve{which}", "primary", what, note.plan))
+        buttons.append(Button("deny", f"deny{which}", "", "", note.plan))
+    if not incident.acknowledged_by:
+        buttons.append(Button("ack", "acknowledge", "" if waiting else "primary"))
     if live:
-        buttons.append(Button("keep", "keep 1 h"))
         buttons.append(Button("undo", "undo now", "danger", "Traffic goes back to where it went before."))
-    return (*buttons, Button("silence", "silence 1 h"), Button("not_useful", "not useful"))
+    return (*buttons, Button("silence", "silence 1 h"))
 
 
 def _reason(change: IncidentChange, first: bool) -> str:
@@ -633,7 +660,8 @@ def _sample_changes() -> list[IncidentChange]:
         actions=(
             ActionNote(at + 5, "failover", "run", "when_matched", "verified", "25 % to a", "DIR-1"),
             ActionNote(at + 5, "throttle", "refuse", "cooldown"),
-            ActionNote(at + 5, "shed", "suggest", "mode_suggest"),
+            ActionNote(at + 5, "shed", "suggest", "mode_suggest", plan="PLAN-1", until=at + 600),
+            ActionNote(at + 6, "cap", "run", "approved", "verified", "to small", "DIR-2", by="ann"),
         ),
         seen_before=("INC-OLD",), reopened=1, resolved_at=at + 60, acknowledged_by="ann", revision=3,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flyball.app.embedded import Embedded, Overloaded, Stopped
-from flyball.app.http import act, ingest, read
+from flyball.app.http import act, hooks, ingest, read, slack
 from flyball.app.http.answers import json_response
 from flyball.app.http.auth import Auth
 from flyball.app.http.body import BodyError
@@ -50,6 +50,8 @@ def create_app(
     app.include_router(ingest.router(ingest.Ingest(runtime, formats, settings, auth)))
     app.include_router(read.router(runtime, auth))
     app.include_router(act.router(runtime, auth, watch or RunbookWatch(runtime, settings)))
+    app.include_router(hooks.router(runtime, settings))
+    app.include_router(slack.router(runtime, settings))
     app.add_middleware(SmallBodies)
     _answer_errors(app)
     return app

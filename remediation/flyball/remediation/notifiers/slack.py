@@ -17,6 +17,7 @@ from flyball.core.errors import Ambiguous, Failed, NotAccepted
 from flyball.core.incident import Incident
 from flyball.remediation.http_guard import HttpUrl
 from flyball.remediation.notifiers._base import Delivery, Receipt, dumps, post
+from flyball.remediation.notifiers._slack_actions import value_of
 from flyball.remediation.notifiers._text import fit, slack_mrkdwn, slack_plain
 from flyball.remediation.render import Message
 
@@ -24,7 +25,6 @@ HEADER: Final = 150
 SECTION: Final = 3000
 CONTEXT: Final = 2000
 BUTTON_TEXT: Final = 75
-BUTTON_VALUE: Final = 2000
 BUTTON_URL: Final = 3000
 CONFIRM_TEXT: Final = 300
 ELEMENTS: Final = 25
@@ -110,16 +110,16 @@ class Slack:
 
     def _actions(self, message: Message) -> list[dict[str, Any]]:
         elements: list[dict[str, Any]] = []
-        for button in message.buttons if self._params.interactive else ():
+        for n, button in enumerate(message.buttons if self._params.interactive else ()):
             element: dict[str, Any] = {
                 "type": "button",
-                "action_id": f"flyball.{button.action}",
+                "action_id": f"flyball.{button.action}.{n}",
                 "text": {
                     "type": "plain_text",
                     "text": fit(button.label, BUTTON_TEXT, slack_plain),
                     "emoji": False,
                 },
-                "value": f"v1|{button.action}|{message.incident}|{message.revision}"[:BUTTON_VALUE],
+                "value": value_of(button, message),
             }
             if button.style:
                 element["style"] = button.style
