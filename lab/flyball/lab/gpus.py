@@ -110,6 +110,8 @@ class NodeState:
             hardware=node.hardware,
             pod=node.pod,
             namespace=node.namespace,
+            # As an exporter tells it that maps pods to what they serve.
+            deployment=node.deployment,
             values=values,
         )
 

@@ -343,7 +343,7 @@ class Simulator:
                 at = self._next_scrape[i]
                 samples, shown = state.scrape(at, int(at // self.estate.scrape_s), self.faults)
                 for sample in samples:
-                    sender = "vllm" if sample.deployment else "dcgm"
+                    sender = "dcgm" if sample.gpu else "vllm"
                     self._post(at + 0.15, f"{sender}-{sample.node}", sample)
                 for fault in shown:
                     self._show(self.faults.index(fault), np.array([at]), np.array([0]))

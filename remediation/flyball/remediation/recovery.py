@@ -207,6 +207,8 @@ def uncapped(
         "tokens_per_min": step.baseline.get("tokens_per_min", 0.0),
     }
     known = {what: value for what, value in normal.items() if value > 0.0}
+    if not estate.calls(step.source, settings.recover_within_s) and estate.calls({}, settings.recover_over_s):
+        return "yes"  # nobody asks any more: a prompt version that was rolled back, a tenant that went home
     if not known or trouble.resolved or trouble.signal not in _COST_SIGNALS:
         return trouble.over
     span = whole(settings.recover_over_s, settings)

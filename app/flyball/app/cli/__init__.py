@@ -9,7 +9,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from flyball.app.cli import hook, lab, ledger, look, replay, run, runbook, setup
+from flyball.app.cli import hook, lab, ledger, look, rehearse, replay, run, runbook, setup
 from flyball.app.cli._common import Unreachable
 from flyball.app.logs import configure_logging
 from flyball.core.errors import FlyballError
@@ -56,6 +56,7 @@ ledger.add_to(app)
 setup.add_to(app)
 lab.add_to(app)
 hook.add_to(app)
+rehearse.add_to(runbook.group)
 app.add_typer(runbook.group, name="runbook")
 
 

@@ -123,7 +123,7 @@ class Hook:
         gpus = _gpus(targets, context)
         if isinstance(gpus, Refusal):
             return gpus
-        measured = traffic_scope(context.incident) or scope
+        measured = _served_on(root, context) or traffic_scope(context.incident) or scope
         return Frozen(
             scope=scope,
             stages=({},),
@@ -145,6 +145,14 @@ class Hook:
             baseline=baseline_of(context.incident),
             gpus=gpus,
         )
+
+
+def _served_on(root: Entity, context: PlanContext) -> dict[str, str]:
+    """The inference server on a GPU or node, as its samples name it: what becomes of its calls is how a drain is proved."""
+    for name in context.estate.values("deployment", {}, SEEN_S) if root.kind in ("gpu", "node") else ():
+        if context.estate.gpus({root.kind: root.name, "deployment": name}, SEEN_S):
+            return {"deployment": name}
+    return {}
 
 
 def entity_of(target: str) -> Entity | None:
