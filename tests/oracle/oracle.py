@@ -223,7 +223,9 @@ class Oracle:
                 self._collide(other, d)
             if d.id in self.last_epoch:
                 raise Violation(7, f"{d.id} was granted twice")
-        widened = change.change == "granted" or (old is not None and old.params != d.params)
+        # A redirect that takes less than before is on its way back, which nothing may block.
+        back = old is not None and d.params.get("share", 1.0) < old.params.get("share", 1.0)
+        widened = change.change == "granted" or (old is not None and old.params != d.params and not back)
         prolonged = old is not None and d.expires_at > old.expires_at
         if widened or prolonged:
             self._effect(plan.plan, d.kind, [d.scope], estate, now, d.id)
