@@ -290,8 +290,13 @@ def backtest(runbook: Runbook, settings: Settings, source: Source) -> Backtest:
     config = pipeline_config(settings.model_copy(update={"mode": "auto"}), runbooks=alone, scripted=True)
     found = Backtest(runbook.name)
     since: dict[str, float] = {}
-    for said in Replay(Pipeline(config)).emissions(source):
+    pipeline = Pipeline(config)
+    replay = Replay(pipeline)
+    for said in replay.emissions(source):
         _note(found, since, said)
+    found.first, found.last = replay.span
+    found.events.update(pipeline.counters.events)
+    found.late, found.rejected = pipeline.windows.stats.late, source.rejected.total()
     return found
 
 

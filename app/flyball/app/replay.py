@@ -153,6 +153,11 @@ class Replay:
             yield from self._said(said)
         yield self._summary(source)
 
+    @property
+    def span(self) -> tuple[float | None, float | None]:
+        """Event time of the first and the last event read; None before the first."""
+        return self._first, self._last or None
+
     def emissions(self, source: Source) -> Iterator[Emissions]:
         """What the pipeline says, record by record."""
         held: list[Event] = []
