@@ -34,7 +34,6 @@ from urllib.parse import parse_qs, urlsplit
 
 from standardwebhooks import Webhook, WebhookVerificationError
 
-LARGEST_BYTES = 64 * 1024
 Answer = dict[str, Any]
 
 
@@ -70,6 +69,8 @@ class World:
 class Hook:
     """The contract. Every order is written down before it is carried out, so a restart knows what was begun."""
 
+    largest_bytes = 64 * 1024
+
     def __init__(self, folder: Path, world: World, secret: str, takes_s: float = 0.0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.world, self.webhook, self.takes_s = world, Webhook(secret), takes_s
@@ -90,6 +91,14 @@ class Hook:
             "select id, verb from orders where status in ('accepted', 'running')"
         ):
             self.work.put((id, verb))
+
+    def signed(self, headers: dict[str, str], body: bytes) -> bool:
+        """Whether it is from Flyball, unchanged on its way, and not older than five minutes."""
+        try:
+            self.webhook.verify(body, headers, json_parse=False)
+        except (WebhookVerificationError, ValueError):
+            return False
+        return True
 
     # --- what is asked --------------------------------------------------------------------------------------------
 
@@ -167,13 +176,15 @@ class Hook:
         of = "start" if verb == "cancel" else verb
         with self.lock:
             row = self.db.execute(
-                "select status, before, runs from orders where id = ? and verb = ?", (id, of)
+                "select status, before, runs, request from orders where id = ? and verb = ?", (id, of)
             ).fetchone()
         if row is None:
             return {}
         status = "accepted" if row[0] == "running" else row[0]
+        attempt = json.loads(row[3])["attempt"] if row[3] else 1
         return {
-            "operation_id": id, "verb": verb, "status": status, "before": json.loads(row[1]), "undo_ref": id, "runs": row[2],
+            "operation_id": id, "verb": verb, "attempt": attempt, "status": status, "before": json.loads(row[1]),
+            "undo_ref": id, "runs": row[2],
         }  # fmt: skip
 
     # --- what is done ---------------------------------------------------------------------------------------------
@@ -241,11 +252,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > LARGEST_BYTES:
+        if not length.isdigit() or int(length) > self.hook.largest_bytes:
             self.close_connection = True
             return self.reply(413, {"status": "rejected", "code": "too_large"})
         body = self.rfile.read(int(length))
-        if not self.signed(body):
+        if not self.hook.signed(dict(self.headers.items()), body):
             return self.reply(401, {"status": "rejected", "code": "signature"})
         try:
             answer = self.hook.take(json.loads(body))
@@ -255,19 +266,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = urlsplit(self.path)
-        if not self.signed(b""):
+        if not self.hook.signed(dict(self.headers.items()), b""):
             return self.reply(401, {})
         id = path.path.rpartition("/operations/")[2]
         answer = self.hook.answer(id, parse_qs(path.query).get("verb", ["start"])[0])
         return self.reply(200 if answer else 404, answer)
-
-    def signed(self, body: bytes) -> bool:
-        """Whether it is from Flyball, unchanged on its way, and not older than five minutes."""
-        try:
-            self.hook.webhook.verify(body, dict(self.headers.items()), json_parse=False)
-        except (WebhookVerificationError, ValueError):
-            return False
-        return True
 
     def reply(self, status: int, answer: Answer) -> None:
         body = json.dumps(answer).encode()
