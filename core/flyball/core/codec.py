@@ -49,13 +49,13 @@ def unpack_state(data: bytes, kind: str, version: int, type: type[T] | Any = Any
         magic, found_kind, found_version, raw = msgspec.msgpack.decode(
             data, type=tuple[str, str, int, msgspec.Raw]
         )
-    except (msgspec.DecodeError, msgspec.ValidationError) as e:
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as e:
         raise SnapshotError(f"not a snapshot: {e}") from e
     if (magic, found_kind, found_version) != (_SNAPSHOT_MAGIC, kind, version):
         raise SnapshotError(f"snapshot of {found_kind} v{found_version}; this is {kind} v{version}")
     try:
         return msgspec.msgpack.decode(raw, type=type)
-    except (msgspec.DecodeError, msgspec.ValidationError) as e:
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as e:
         raise SnapshotError(f"snapshot of {kind} v{version} is damaged: {e}") from e
 
 
