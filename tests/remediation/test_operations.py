@@ -280,12 +280,43 @@ def test_a_person_can_undo_what_nobody_knows_of() -> None:
     assert at.results == ["start", "ambiguous", "undo"]
 
 
-def test_what_nobody_knows_of_is_given_up_in_the_end() -> None:
+def test_what_nobody_knows_of_is_undone_when_its_time_is_up_and_then_given_up() -> None:
     at = site(hold_s=600.0)
     at.reported("ambiguous")
-    at.tick(3601.0)
-    assert at.results == ["start", "ambiguous", "ambiguous"]
-    assert outcomes(at.log)[-1].reason == "never_cleared"
+    at.tick(599.0)
+    assert at.results == ["start", "ambiguous"]
+    at.tick(1.0)
+    assert at.results == ["start", "ambiguous", "undo"]
+    at.tick(3600.0)  # nor is that answered
+    assert (at.results[-1], outcomes(at.log)[-1].reason) == ("failed", "undo_no_answer")
+    at.tick(3600.0)
+    assert (at.results[-1], outcomes(at.log)[-1].reason) == ("ambiguous", "never_cleared")
+    assert at.ended
+
+
+def test_an_undo_that_is_answered_late_still_counts() -> None:
+    at = site()
+    at.reported("succeeded")
+    at.release()
+    at.reported("ambiguous")
+    assert (at.results[-1], outcomes(at.log)[-1].reason) == ("failed", "undo_ambiguous")
+    at.reported("succeeded")
+    assert at.results[-1] == "released"
+    assert at.ended
+
+
+def test_what_a_dry_run_predicted_is_told_with_what_was_done() -> None:
+    at = site(dry_run_first=True)
+    at.reported("accepted", targets=("node:n1",), predicted={"gpus": 8, "pods": ["a"]})
+    at.reported("succeeded")
+    assert outcomes(at.log)[-1].values["predicted"] == {"gpus": 8}
+
+
+def test_a_start_that_its_dispatcher_dropped_unsent_is_cancelled() -> None:
+    at = site()
+    at.reported("cancelled", code="not_wanted")
+    assert at.results == ["start", "cancelled"]
+    assert outcomes(at.log)[-1].values["detail"] == "not_wanted"
     assert at.ended
 
 

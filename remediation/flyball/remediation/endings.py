@@ -29,7 +29,7 @@ class ExecutorSettings:
     """baseline_s: span before the grant that a shift of traffic, and `* before`, is compared with.
     silent_after_s: without a closed window for this long nothing is widened or renewed.
     ease_share: on recovery a wider redirect first goes back to this share, for one span of `recover_over_s`.
-    unclear_s: how long at least an operation of which nobody knows keeps its targets locked.
+    unclear_s: how long an operation whose undo failed keeps its targets locked.
     """
 
     verify: VerifySettings = field(default_factory=VerifySettings)
@@ -65,9 +65,7 @@ class Endings:
 
     def _trouble(self, plan: Plan) -> Trouble:
         news = self._s.incidents.get(plan.incident)
-        return (
-            Trouble() if news is None else Trouble(news.signal, news.resolved_at is not None, news.klass)
-        )
+        return Trouble() if news is None else Trouble(news.signal, news.resolved_at is not None, news.klass)
 
     def _well(self, plan: Plan, step: PlanStep, estate: Estate) -> bool:
         """Whether there is nothing to act on any more, as far as it can be seen before acting."""

@@ -330,8 +330,7 @@ class Executor(Endings):
             if stage.phase == "asking" and now >= stage.deadline_at:
                 out += self._not_approved(run, stage, step, now, "approval_expired", {})
             elif stage.phase == "unclear" and now >= stage.deadline_at:
-                stage.phase = "over"
-                out.append(outcome(run.plan, step, now, "ambiguous", "never_cleared", {}, stage))
+                out += self._give_up(run, stage, step, now)
             elif stage.phase in ("sending", "undoing", "unclear") and stage.work is not None:
                 out += self._work(run, stage, step, estate, now)
             elif stage.phase == "acting":
@@ -491,7 +490,7 @@ class Executor(Endings):
         if turn == "applied":
             stage.phase, stage.stage_at, stage.in_force = "acting", now, True
             stage.deadline_at = now + step.verify.within_s
-            values = {"attempt": work.starts, "targets": list(work.order.targets)}
+            values = {"attempt": work.starts, "targets": list(work.order.targets), **_told(work.predicted)}
             return [outcome(run.plan, step, now, "applied", "succeeded", values, stage)]
         if turn in ("not_accepted", "failed"):
             stage.phase = "over"
@@ -529,11 +528,19 @@ class Executor(Endings):
         says what happened, a person lets go of it, or its time is up."""
         was_undo = turned.turn == "undo_failed"
         stage.phase = "unclear"
-        stage.deadline_at = max(stage.granted_at + step.hold_s, now + self._settings.unclear_s)
+        stage.deadline_at = now + self._settings.unclear_s if was_undo else stage.granted_at + step.hold_s
         values = {"until": stage.deadline_at}
         result: Result = "failed" if was_undo else "ambiguous"
         reason = f"undo_{turned.reason}" if was_undo else turned.reason
         return self._fail(run, stage, step, now, result, reason, values)
+
+    def _give_up(self, run: Run, stage: Stage, step: PlanStep, now: float) -> list[Moved]:
+        """The time of what nobody knows of is up. An undo of what was never done does nothing, so it is asked for, once."""
+        if stage.work is not None and stage.work.order.verb != "undo":
+            stage.ends = ("undone", "time_up")
+            return self._undo(run, stage, step, now, {})
+        stage.phase = "over"
+        return [outcome(run.plan, step, now, "ambiguous", "never_cleared", {}, stage)]
 
 
 def _aims(step: PlanStep) -> bool:
@@ -548,6 +555,16 @@ def _aims(step: PlanStep) -> bool:
 def _all_stages(plan: Plan) -> list[str]:
     """What a dry run would have done, step by step."""
     return [f"{s.id}: {s.action} {stage_text(s, i)}" for s in plan.steps for i in range(len(s.stages))]
+
+
+def _told(predicted: dict[str, Any]) -> dict[str, Any]:
+    """What the hook's dry run said would happen, for people to compare; figures and short words only."""
+    kept = {
+        k: v
+        for k, v in predicted.items()
+        if isinstance(v, int | float) or (isinstance(v, str) and len(v) <= 80)
+    }
+    return {"predicted": kept} if kept else {}
 
 
 def _rounded(figures: dict[str, float]) -> dict[str, float]:

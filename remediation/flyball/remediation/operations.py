@@ -10,7 +10,7 @@ older attempt, of another operation or of one that is over; take a cancelled sta
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -69,6 +69,7 @@ class Work(msgspec.Struct):
     starts: int = 1
     retry_at: float | None = None
     undo_ref: str = ""
+    predicted: dict[str, Any] = {}
     start_deadline: float = 0.0
 
     @property
@@ -182,7 +183,7 @@ class Work(msgspec.Struct):
             if set(report.targets) - set(self.order.targets):
                 self.state = "done"
                 return Turned("not_accepted", "other_targets")
-            self.undo_ref = report.undo_ref
+            self.undo_ref, self.predicted = report.undo_ref, report.predicted
             return Turned("tried")
         if _not_now(report):
             return self._again(report, now)

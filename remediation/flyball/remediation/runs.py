@@ -124,7 +124,7 @@ def unpack(data: bytes) -> State:
         )
     try:
         state = msgspec.msgpack.decode(sealed.state, type=State)
-    except (msgspec.DecodeError, msgspec.ValidationError) as e:
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as e:
         raise SnapshotError(f"snapshot of executor is damaged: {e}") from e
     wrong = _contradiction(state)
     if wrong:
