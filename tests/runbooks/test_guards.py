@@ -161,6 +161,28 @@ def test_two_runbooks_that_do_the_same_to_one_target_share_its_attempts() -> Non
     assert verdicts(desk.tick()) == [("refuse", "attempts"), ("refuse", "attempts")]
 
 
+def test_after_a_run_that_helped_nobody_is_told_that_it_may_not_run_again() -> None:
+    desk = Desk(FRESH, ("attempts: 2", "attempts: 1"), ("cooldown: 30m", "cooldown: 1m"))
+    _, plan = one(desk.news())
+    desk.out(plan, "verified")
+    desk.end(plan)
+    decision, _ = one(desk.tick())
+    assert (decision.decision, decision.reason, decision.until) == (
+        Verdict.HOLD,
+        "cooldown",
+        desk.world.now + 50.0,
+    )
+    assert verdicts(desk.tick(6)) == [("refuse", "attempts")]
+
+
+@pytest.mark.parametrize("result", ["failed", "not_accepted"])
+def test_after_a_run_that_did_not_help_it_says_at_once_that_a_person_has_to_look(result: str) -> None:
+    desk = Desk(FRESH, ("attempts: 2", "attempts: 1"))
+    _, plan = one(desk.news())
+    desk.end(plan, result)
+    assert verdicts(desk.tick()) == [("refuse", "attempts")]
+
+
 def test_what_a_lock_held_back_is_looked_at_again_by_itself() -> None:
     other = book(YAML, ("name: failover", "name: zz"))
     desk = Desk(YAML, other, AGAIN, FRESH, MANY)

@@ -98,12 +98,13 @@ def checks(q: Question) -> Iterator[Check]:
     yield targets
     if not targets.ok:
         return
-    yield from _preconditions(q)
     yield _stopped_here(q)
     yield _lock(q)
     yield _attempts_here(q)
     yield _hysteresis(q)
     yield _cooldown(q)
+    # After what only takes time: right after a run that helped, that its trouble is no longer seen is nothing to report.
+    yield from _preconditions(q)
     yield _blast(q)
 
 
@@ -169,11 +170,14 @@ def _breaker(q: Question) -> Check:
 
 
 def _attempts(q: Question) -> Check:
-    limit, made = q.runbook.model.limits.attempts, q.case.attempts
-    text = f"{made} of {limit} attempts for this incident"
-    if made >= limit:
-        text = f"{made} attempts for this incident; a person has to look"
-    return Check("attempts", made < limit, text, {"attempts": made, "max_attempts": limit})
+    limit, made, rests = q.runbook.model.limits.attempts, q.case.attempts, q.case.rests_until
+    values = {"attempts": made, "max_attempts": limit}
+    if made < limit:
+        return Check("attempts", True, f"{made} of {limit} attempts for this incident", values)
+    if q.now < rests:
+        text = "its last attempt did what it should; if the trouble is not over by then, a person has to look"
+        return Check("attempts", False, text, values, reason="cooldown", hold=True, until=rests)
+    return Check("attempts", False, f"{made} attempts for this incident; a person has to look", values)
 
 
 def _denied(q: Question) -> Check:
@@ -222,21 +226,6 @@ def _figures(plan: Plan, estate: Estate, span_s: float) -> dict[str, Any]:
             if seen.n:
                 figures[f"{name}_errors"] = round(seen.value, 4)
     return figures
-
-
-def _preconditions(q: Question) -> Iterator[Check]:
-    """One that is not met is waited for at first: right after the incident opened, what it reads has not closed yet."""
-    since = q.case.true_since if q.case.true_since is not None else q.now
-    settled = since + q.settings.settle_s
-    for name, condition in q.runbook.preconditions:
-        answer = condition.ask(q.variables, q.estate)
-        early = not answer.true and q.now < settled
-        why = f" ({answer.error})" if answer.error else ""
-        text = f"{name} is met" if answer.true else f"{name} is not met{' yet' if early else ''}{why}"
-        yield Check(
-            "precondition", answer.true, text, {"precondition": name, "check": condition.source}, hold=early,
-            until=settled if early else None, windowed=True,
-        )  # fmt: skip
 
 
 def _stopped_here(q: Question) -> Check:
@@ -289,6 +278,21 @@ def _cooldown(q: Question) -> Check:
             text = f"{key} was acted on {ago} ago; cooldown is {format_duration(cooldown)}"
             return Check("cooldown", False, text, {"last": last}, hold=True, until=last + cooldown)
     return Check("cooldown", True, f"none of its targets was acted on for {format_duration(cooldown)}")
+
+
+def _preconditions(q: Question) -> Iterator[Check]:
+    """One that is not met is waited for at first: right after the incident opened, what it reads has not closed yet."""
+    since = q.case.true_since if q.case.true_since is not None else q.now
+    settled = since + q.settings.settle_s
+    for name, condition in q.runbook.preconditions:
+        answer = condition.ask(q.variables, q.estate)
+        early = not answer.true and q.now < settled
+        why = f" ({answer.error})" if answer.error else ""
+        text = f"{name} is met" if answer.true else f"{name} is not met{' yet' if early else ''}{why}"
+        yield Check(
+            "precondition", answer.true, text, {"precondition": name, "check": condition.source}, hold=early,
+            until=settled if early else None, windowed=True,
+        )  # fmt: skip
 
 
 def _blast(q: Question) -> Check:

@@ -63,8 +63,8 @@ _STATE_VERSION: Final = 2
 class Planner:
     """Decides for every pair of open incident and runbook whose condition is true.
 
-    Guards in order: stale, hold, telemetry, stopped, breaker, attempts, denied, runs, targets, preconditions, stops and attempts of
-    these targets, lock, hysteresis, cooldown, blast radius, mode. The first that says no is the decision's reason.
+    Guards in order: stale, hold, telemetry, stopped, breaker, attempts, denied, runs, targets; then of these targets: stops, lock,
+    attempts, hysteresis, cooldown, preconditions, blast radius; then the mode. The first that says no is the decision's reason.
 
     What cannot have changed is not asked again: a verdict names the moment, or the closed window, that may change it.
 
@@ -210,7 +210,7 @@ class Planner:
         plan, ended = running.plan, bool(outcome.values.get("plan_ended"))
         step = next((step for step in plan.steps if step.id == outcome.step), None)
         if outcome.result == "verified":
-            running.doubtful = False
+            running.verified, running.doubtful = True, False
         elif outcome.result == "unverified" and step is not None and step.progress == "ladder" and not ended:
             running.doubtful = True
         failed = ended if running.doubtful else outcome.result in _FAILED
@@ -234,6 +234,8 @@ class Planner:
         if case is not None and case.running == plan.plan_hash:
             case.running = ""
             case.said = None
+            well = running.verified and not running.failed
+            case.rests_until = at + running.cooldown_s if well else 0.0
         s.wake_all(now)  # what the lock held back
 
     def _moved(self, plan: Plan, at: float) -> None:
@@ -491,7 +493,7 @@ class Planner:
         case.running = plan.plan_hash
         case.offers = 0
         case.look_at, case.windowed = NEVER, False
-        s.plans[plan.plan_hash] = Running(plan, now, rate.count, rate.per_s)
+        s.plans[plan.plan_hash] = Running(plan, now, rate.count, rate.per_s, runbook.model.limits.cooldown)
         s.locks.update(dict.fromkeys(plan.locks, plan.plan_hash))
         made = s.efforts.setdefault(plan.incident, {})
         for key in effort_keys(plan):

@@ -58,6 +58,8 @@ class Case(msgspec.Struct):
     """Offers that came to nothing: the next one gets a hash of its own, so that an answer to the last does not fit it."""
     denied_until: float = 0.0
     denied_by: str = ""
+    rests_until: float = 0.0
+    """After a run that did what it should: until then, that it may not run again is no news."""
     look_at: float = 0.0
     """When time alone may change the verdict."""
     windowed: bool = False
@@ -83,6 +85,8 @@ class Running(msgspec.Struct):
     at: float
     breaker_count: int
     breaker_per_s: float
+    cooldown_s: float = 0.0
+    verified: bool = False
     failed: bool = False
     """Whether it has been counted as failed."""
     doubtful: bool = False
