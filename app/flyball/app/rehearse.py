@@ -16,8 +16,9 @@ from flyball.core.errors import ConfigError
 from flyball.core.estate import Emissions
 from flyball.core.plans import Mode
 from flyball.lab.scenario import Lab, Moment
-from flyball.lab.sim import Simulator
-from flyball.runbooks.loader import Runbook, RunbookSet
+from flyball.lab.warm import Warm
+from flyball.remediation import actions
+from flyball.runbooks.loader import Runbook, RunbookSet, library
 from flyball.runbooks.rehearsal import (
     Happening,
     Match,
@@ -88,27 +89,21 @@ SWITCHES: Final[Mapping[str, Switch]] = {
 """How each fault of `flyball.runbooks.rehearsal.FAULTS` is switched on."""
 
 
-class Warm:
-    """Estates that have run quietly for a while, with the pipeline that followed them; each test begins with a copy of one."""
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[int, float, float], tuple[Simulator, bytes]] = {}
-
-    def lab(self, pipeline: Pipeline, seed: int, rate: float, warmup_s: float) -> Lab:
-        """A lab at its zero, with `pipeline` in the state of one that saw the warm-up."""
-        key = (seed, rate, warmup_s)
-        if key not in self._kept:
-            quiet = Pipeline(pipeline_config(lab_settings("observe"), runbooks=RunbookSet()))
-            lab = Lab(lambda: quiet, seed=seed, rate=rate, warmup=warmup_s).run(0)
-            self._kept[key] = (lab.sim, quiet.snapshot())
-        sim, state = self._kept[key]
-        pipeline.restore(state)
-        return Lab(lambda: pipeline, seed=seed, sim=sim.copy())
-
-
 def lab_settings(mode: Mode) -> Settings:
     """Settings of a simulated Flyball: everything at its default, whatever the environment says."""
     return Settings.model_construct(mode=mode, runbooks=[])
+
+
+def quiet_pipeline() -> Pipeline:
+    """A pipeline without runbooks: what follows a warm-up."""
+    return Pipeline(pipeline_config(lab_settings("observe"), runbooks=RunbookSet()))
+
+
+def acting_pipeline() -> Pipeline:
+    """A pipeline with the whole library in mode auto: `flyball lab score --mode auto`."""
+    shipped = library(actions=actions.registry())
+    armed = RunbookSet(tuple(replace(r, mode="auto") for r in shipped))
+    return Pipeline(pipeline_config(lab_settings("auto"), runbooks=armed))
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,9 +44,10 @@ def run_tests(
 
       flyball runbook test provider-failover --only outage --seeds 5
     """
-    from flyball.app.rehearse import Warm, rehearse
+    from flyball.app.rehearse import quiet_pipeline, rehearse
+    from flyball.lab.warm import Warm
 
-    warm, failed, count = Warm(), 0, 0
+    warm, failed, count = Warm(quiet_pipeline), 0, 0
     for runbook in _named(paths):
         if not as_json:
             print(f"{runbook.path}  {runbook.name}")
