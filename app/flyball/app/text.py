@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from flyball.core.directives import Intervention
+from flyball.core.plans import format_duration
 
 
 def clock(at: float | None) -> str:
@@ -109,3 +110,42 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
         for name, inner in value.items()
         for item in _flat(inner, f"{prefix}.{name}" if prefix else str(name))
     ]
+
+
+def waiting_lines(w: dict[str, Any]) -> list[str]:
+    """What a person is asked, as it would be carried out."""
+    which = f" step {w['step']}" if w["step"] else ""
+    head = f"{w['hash']}  {w['runbook']}{which} for {w['incident']}, until {clock(w['until'])}"
+    steps = w["plan"]["steps"]
+    return [head, *(f"    {_step_text(s)}" for s in steps if not w["step"] or s["id"] == w["step"])]
+
+
+def _step_text(s: dict[str, Any]) -> str:
+    if s["hook"] is not None:
+        what = f"{s['hook']['hook']}/{s['hook']['action']} on {', '.join(s['hook']['targets'])}"
+    else:
+        stages = " then ".join(_params_text(stage) for stage in s["stages"])
+        what = f"{labels(s['scope'])}: {stages}"
+    return f"{s['id']}: {s['action']} {what}, for {format_duration(s['hold_s'])} at most"
+
+
+def _params_text(params: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{k} {labels(v) if isinstance(v, dict) else format(v, 'g') if isinstance(v, float) else v}"
+        for k, v in sorted(params.items())
+    )
+
+
+def explained_lines(e: dict[str, Any]) -> list[str]:
+    until = f" until {clock(e['until'])}" if e["until"] is not None else ""
+    lines = [f"{e['runbook']}: {e['verdict']} ({e['reason']}{until}); {e['detail']}"]
+    for g in e["guards"]:
+        values = ", ".join(f"{k} = {_value_text(v)}" for k, v in g["values"].items())
+        lines.append(
+            f"    {'ok' if g['ok'] else 'NO':2}  {g['name']}: {g['detail']}{f'  ({values})' if values else ''}"
+        )
+    return lines
+
+
+def _value_text(value: Any) -> str:
+    return format(value, "g") if isinstance(value, float) else str(value)

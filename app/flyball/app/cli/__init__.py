@@ -9,7 +9,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from flyball.app.cli import hook, lab, ledger, look, rehearse, replay, run, runbook, setup
+from flyball.app.cli import act, hook, lab, ledger, look, rehearse, replay, run, runbook, setup
 from flyball.app.cli._common import Unreachable
 from flyball.app.logs import configure_logging
 from flyball.core.errors import FlyballError
@@ -53,6 +53,7 @@ run.add_to(app)
 replay.add_to(app)
 look.add_to(app)
 ledger.add_to(app)
+act.add_to(app)
 setup.add_to(app)
 lab.add_to(app)
 hook.add_to(app)
