@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from flyball.core.errorclass import NOT_ATTEMPTS
 from flyball.core.events import AgentStep, Event, GpuSample, LlmCall
@@ -38,7 +38,7 @@ class RunActivity:
         runs = self._runs
         # Most events of a batch are calls of no run: they are passed over as cheaply as can be.
         told = [e for e in events if type(e) is LlmCall or type(e) is AgentStep]
-        for e in cast("list[LlmCall | AgentStep]", told):
+        for e in told:
             if not e.run:
                 continue
             known = runs.pop(e.run, None) or ([], [])
@@ -84,8 +84,7 @@ class GpuInventory:
 
     def observe(self, events: Sequence[Event], now: float | None = None) -> float:
         """Returns: time of the newest sample so far; 0.0 before the first."""
-        told = [e for e in events if type(e) is GpuSample]
-        for e in cast("list[GpuSample]", told):
+        for e in [e for e in events if type(e) is GpuSample]:
             if not e.gpu:  # an inference server
                 continue
             key = (e.node, e.gpu)
