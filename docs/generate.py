@@ -6,6 +6,7 @@ Everything here is read off the code, so that a page cannot say what the code do
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import types
 from collections.abc import Iterable, Iterator
@@ -480,44 +481,26 @@ def _prose(doc: str) -> Iterator[str]:
 
 # --- runbooks ------------------------------------------------------------------------------------------------------
 
-RUNBOOK_MEANING: Final = {
-    "runbook": "version of this format: `v1`",
-    "name": "name, each once; lower case words joined by `-`; a runbook named like a shipped one replaces it",
-    "description": "for people",
-    "mode": "`observe` only notes what it would do, `suggest` and `approve` leave it to a person, `auto` acts; the setting `mode` is a ceiling",
-    "params": "own constants, as `params.NAME` in conditions",
-    "preconditions": "conditions on live traffic that must all hold at the moment of planning",
-    "limits": "guards; all must pass",
-    "steps": "what to do, one after another; each names exactly one action",
-    "on_failure": "what is wanted when a step fails or cannot be verified; in this version all three take back what was done and say so on the incident",
-    "tests": "faults of the lab and what must come of each; the loader checks their words",
-    "limits.blast": "widest effect allowed, measured on live traffic; not measurable means refused",
-    "preconditions[].id": "name of the condition, as decisions tell it",
-    "preconditions[].check": "CEL condition; no data is not true",
-    "steps[].id": "name of the step; the action and its number when not given",
-    "steps[].verify": "how the effect is proved; not proved in time is failed",
-    "steps[].undo": "letting go of the lease",
-    "steps[].verify.against": "`untouched`: also better than the slice that was left in place",
-    "steps[].verify.min_calls": "fewer calls prove nothing",
-    "tests[].name": "what it shows",
-    "tests[].lab": "a fault of the lab, e.g. `outage(provider=\"b\", fails=0.6)`",
-    "tests[].expect": "words of what must come, e.g. `[run, verified, released]` or `[refuse(no_candidate)]`",
-}  # fmt: skip
-"""Fields whose model does not describe them. A test checks that every field has a meaning."""
-
 
 def runbook_page() -> str:
     from flyball.remediation import actions
     from flyball.runbooks import conditions
-    from flyball.runbooks.schema import RunbookModel
+    from flyball.runbooks.condition_checks import FUNCTIONS, SCOPE_LABELS
+    from flyball.runbooks.schema import OUTCOMES, RunbookModel
 
     lines = _page(
         "Fields of a runbook",
-        "Every field, what it is when left out, and what it means. Durations are written `30s`, `5m`, `1h30m`; shares `25%`; rates `3/1h`.",
-        "An unknown field, a duplicate key or an unknown name in a condition is refused with file, line and column.",
+        "Every field, what it is when left out, and what it means. How to write one: [runbooks](runbooks.md). Durations are written `30s`, `5m`,",
+        "`1h30m`; shares `25%`; rates `3/1h`. An unknown field, a duplicate key or an unknown name in a condition is refused with file, line and column.",
+        "Editors read the same from [runbook.schema.json](runbook.schema.json), which `flyball runbook schema` prints.",
     )
     lines += _table(("field", "default", "meaning"), runbook_fields(RunbookModel, ""))
-    lines += ["## Actions", ""]
+    lines += [
+        "## Actions",
+        "",
+        "A parameter may be `$params.NAME` instead: the runbook's own constant, checked as if it were written there.",
+        "",
+    ]
     for kind in actions.registry().kinds():
         action = actions.registry().get(kind)
         lines += [f"### `{kind}`", "", _first(action.__doc__), "", _first(action.Params.__doc__), ""]
@@ -533,21 +516,57 @@ def runbook_page() -> str:
         "",
         "Conditions are [CEL](https://cel.dev). `incident` has:",
         "",
-        ", ".join(f"`{n}`" for n in conditions.variables_of(_example_incident(), 0.0) if n.startswith("incident.")),
+        _words(n for n in conditions.variables_of(_example_incident(), 0.0) if n.startswith("incident.")),
         "",
-        "`LOW`, `MEDIUM`, `HIGH` and `CRITICAL` are the severities. Functions over live traffic:",
-        "`errors(scope, span)` is the share of failed attempts, `calls(scope, span)` their number, `usd_per_hour(scope, span)` their cost; `scope` is a map of labels, `span` a",
-        '`duration("2m")`. Signals: ' + ", ".join(f"`{s}`" for s in conditions.SIGNALS) + ".",
+        "`LOW`, `MEDIUM`, `HIGH` and `CRITICAL` are the severities.",
+        "",
+        "Signals: " + _words(conditions.SIGNALS) + ".",
+        "",
+        "Labels of `incident.scope`: " + _words(SCOPE_LABELS) + ".",
+        "",
+        "## Functions over live traffic",
+        "",
+        'Each takes a scope and a span: `errors({"provider": incident.root.name}, duration("2m")) > 0.2`. The scope is a map of labels, empty for all;',
+        "the span reaches back ten minutes at most. Where there is no data, a condition is not true.",
+        "",
     ]  # fmt: skip
+    lines += _table(
+        ("function", "what it is", "labels of its scope"),
+        ((f"`{name}`", _FUNCTION_MEANING[name], _words(labels)) for name, labels in FUNCTIONS.items()),
+    )
+    lines += ["## Words of tests", "", _words(OUTCOMES) + "; `hold(…)` and `refuse(…)` name the reason.", ""]
+    lines += ["## Codes", "", "What `flyball runbook lint` says, beside file, line and column. All but RB117, RB118 and a missing `undo` also keep a runbook from loading.", ""]  # fmt: skip
+    lines += _table(("code", "what is wrong"), _codes())
     return _finish(lines)
+
+
+_FUNCTION_MEANING: Final = {
+    "errors": "share of the attempts that failed in a way that counts against the provider, 0 to 1",
+    "calls": "attempts and refusals, a whole number",
+    "attempts": "calls without those that a gateway or an enforcement point refused by itself",
+    "tokens_per_min": "input and output tokens",
+    "usd_per_hour": "what the calls cost",
+    "latency_s": "mean over the calls that succeeded",
+}
+
+
+def _words(words: Iterable[str]) -> str:
+    return ", ".join(f"`{w}`" for w in words)
+
+
+def _codes() -> list[tuple[str, str]]:
+    from flyball.runbooks import loader
+
+    text = " ".join((loader.__doc__ or "").partition("Codes:")[2].split())
+    found = re.findall(r"(RB\d{3}) (.*?)(?=\s*(?:RB\d{3}|Found by lint|$))", text)
+    return [(f"`{code}`", meaning.strip()) for code, meaning in sorted(found)]
 
 
 def runbook_fields(model: type[BaseModel], path: str) -> Iterator[tuple[str, str, str]]:
     for name, field in model.model_fields.items():
         inner, many = _inner_model(field.annotation)
         full = f"{path}{name}"
-        text = field.description or RUNBOOK_MEANING.get(full) or (_first(inner.__doc__) if inner else "")
-        yield f"`{full}`", _written(field), text
+        yield f"`{full}`", _written(field), field.description or ""
         if inner is not None and inner.__name__ != "Rate":
             yield from runbook_fields(inner, f"{full}{'[]' if many else ''}.")
 
@@ -578,8 +597,15 @@ def _example_incident() -> Any:
     )
 
 
+def runbook_schema() -> str:
+    """docs/runbook.schema.json."""
+    from flyball.app.schemas import runbook_schema
+
+    return json.dumps(runbook_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
 def main() -> None:
-    for name, text in pages().items():
+    for name, text in {**pages(), "runbook.schema.json": runbook_schema()}.items():
         (HERE / name).write_text(text)
         print(f"wrote docs/{name}")
 

@@ -42,7 +42,7 @@ def answer(text: str | bytes) -> Runbook | None:
     for e in errors:
         assert re.fullmatch(r"RB\d{3}", e.code)
         assert "\n" not in e.what
-        assert len(e.what) < 800
+        assert len(e.what) < 1000
         line, column = loader.place_of(e)
         assert 1 <= line <= lines + 1
         assert column >= 1

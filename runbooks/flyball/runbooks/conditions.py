@@ -306,14 +306,14 @@ def _unknown_name(name: str, source: str, offset: int, params: Mapping[str, Any]
     if called or re.match(r"\s*\(", source[offset + len(name) :]):
         return ConditionError(
             "RB104",
-            f"unknown function {name!r} in the condition{did_you_mean(name, [*FUNCTIONS, *_BUILT_IN])}",
+            f"unknown function {name[:64]!r} in the condition{did_you_mean(name, [*FUNCTIONS, *_BUILT_IN])}",
             offset,
         )
     if name.upper() in _CONSTANTS or name.startswith(("incident.", "params.")):
         hint = did_you_mean(name.upper() if name.upper() in _CONSTANTS else name, known)
     else:
         hint = did_you_mean(f"incident.{name}" if f"incident.{name}" in known else name, known)
-    return ConditionError("RB104", f"unknown name {name!r} in the condition{hint}", offset)
+    return ConditionError("RB104", f"unknown name {name[:64]!r} in the condition{hint}", offset)
 
 
 _TERM: Final = re.compile(

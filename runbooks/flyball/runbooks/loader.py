@@ -5,11 +5,11 @@ Codes:
     RB005 key is no text  RB006 ambiguous word     RB101 unknown field                  RB102 missing field
     RB103 condition cannot be read                 RB104 unknown name in a condition    RB105 types do not fit
     RB106 condition is not true or false           RB107 value that never occurs        RB108 wrong value
-    RB109 unknown action  RB110 expectation        RB111 name taken                     RB112 not exactly one action
+    RB109 unknown action  RB110 expectation cannot be read        RB111 name taken                     RB112 not exactly one action
     RB113 unknown reference                        RB114 template where none is rendered
-    RB115 can never run, or proves nothing         RB116 no way back                    RB119 duration or pattern in a condition
+    RB115 can never run, or proves nothing         RB116 no way back                    RB119 duration or pattern cannot be read
     RB120 cannot be read from disk
-Found by lint alone (`flyball.runbooks.lint`):     RB117 not tested                     RB118 nothing uses it
+Found by lint alone (`flyball.runbooks.lint`):     RB117 not tested                     RB118 param that nothing uses
 """
 
 from __future__ import annotations
