@@ -62,7 +62,10 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=
     runbook: str
     decision: Verdict
     reason: str
-    """A stable word first: `when_matched`, `mode_suggest`, `cooldown`, `no_candidate`, `blast_radius`, `stale`, `lock`, …"""
+    """A stable word: `when_matched`, `approved`; `mode_observe`, `mode_suggest`, `mode_approve`, `must_ask`; `hold`, `precondition`,
+    `lock`, `cooldown`, `hysteresis`, `runs`, `stopped`, `no_telemetry`, `condition_cleared`; `stale`, `attempts`, `breaker`, `denied`,
+    `blast_radius`, or why a step found no target (`no_target`, `no_candidate`, …); of an answer `approval_expired`, `approval_used`,
+    `approval_unknown`, `approval_unsigned`, `approval_withdrawn`, `own_change`, `plan_changed`."""
     detail: str = ""
     until: float | None = None
     plan_hash: str = ""

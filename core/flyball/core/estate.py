@@ -37,7 +37,8 @@ class Estate(Protocol):
     """Live windows, as questions. All spans end at the newest closed window."""
 
     def now(self) -> float:
-        """End of the newest closed window; 0.0 before the first."""
+        """End of the newest closed window; where only runs or GPUs are watched, a little before their newest sign. 0.0 before the
+        first."""
         ...
 
     def errors(self, scope: Mapping[str, str], span_s: float) -> Ratio:
