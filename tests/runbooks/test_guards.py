@@ -436,3 +436,10 @@ def test_a_dry_run_is_marked_as_one() -> None:
     plan = one(Desk(dry_run=True).news())[1]
     assert plan is not None
     assert plan.dry_run
+
+
+def test_more_tenants_than_are_told_apart_are_an_unknown_number() -> None:
+    desk = touching("traffic: 100%, tenants: 1000")
+    tell(desk, Row(50, labels={"provider": "b", "model": "m", "app": "shop", "tenant": "other"}))
+    decision, _ = one(desk.news())
+    assert (decision.reason, decision.detail) == ("blast_radius", "unknown: more tenants than are told apart")
