@@ -22,6 +22,9 @@ OPENAI, OTHER = "openai", "hosted_vllm"
 """Two providers that speak the same language, so that one upstream can be both."""
 
 
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
 def directive(
     id: str, kind: Any, scope: dict[str, str], /, lasts_s: float = 300.0, **params: Any
 ) -> Directive:
@@ -67,7 +70,7 @@ class Proxy:
         """One call; returns the answer, and how it arrived upstream (None when it did not)."""
         metadata = {"app": "shop", **({"session_id": session} if session else {})}
         body = {
-            "model": model, "user": tenant, "messages": [{"role": "user", "content": "hi"}], "metadata": metadata, **more,
+            "model": model, "user": tenant, "messages": MESSAGES, "metadata": metadata, **more,
         }  # fmt: skip
         before = len(self.upstream.asked)
         answer = httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=30)
@@ -93,7 +96,7 @@ def proxy(folder: Path, python: str, upstream: Upstream, flyball: str) -> Iterat
 
 
 @pytest.mark.server("litellm")
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_a_litellm_proxy_redirects_caps_limits_and_blocks_as_directives_want_it(
     tmp_path: Path, peers_python: str
 ) -> None:
@@ -141,7 +144,7 @@ def test_a_litellm_proxy_redirects_caps_limits_and_blocks_as_directives_want_it(
 
         # A limit of requests stops one tenant and no other; a limit of tokens is charged after the call (154 each).
         hold(
-            directive("DIR-limit", "limit", {"tenant": "t1"}, requests_per_min=6.0),
+            directive("DIR-limit", "limit", {"tenant": "t1"}, requests_per_min=1.0),
             directive("DIR-tokens", "limit", {"tenant": "t2"}, tokens_per_min=1.0),
         )
         codes = Counter(gateway.call(tenant="t1")[0].status_code for _ in range(5))
@@ -166,9 +169,33 @@ def test_a_litellm_proxy_redirects_caps_limits_and_blocks_as_directives_want_it(
         assert {c.tenant for c in by_error["gateway_local"]} == {"t1", "t2"}
         assert {c.provider for c in by_error[""]} == {OPENAI, OTHER}
 
+        # Other kinds of calls name their tenant and their length in other ways.
+        hold(
+            directive("DIR-block", "block", {"tenant": "t1"}),
+            directive("DIR-app", "block", {"app": "shop"}),
+            directive("DIR-cap", "cap", {"tenant": "t2"}, output_tokens=64),
+        )
+        for route, body, who, length in (
+            ("messages", {"messages": MESSAGES}, lambda t: {"metadata": {"user_id": t}}, "max_tokens"),
+            ("responses", {"input": "hi"}, lambda t: {"user": t}, "max_output_tokens"),
+            ("completions", {"prompt": "hi"}, lambda t: {"user": t}, "max_tokens"),
+        ):
+
+            def post(
+                more: dict[str, Any], route: str = route, body: dict[str, Any] = body, length: str = length
+            ) -> int:
+                asked = {"model": "fine", length: 4000, **body, **more}
+                return httpx.post(f"{gateway.url}/v1/{route}", json=asked, timeout=30).status_code
+
+            before = len(upstream.asked)
+            assert [post(who("t1")), post({"metadata": {"app": "shop"}})] == [403, 403], route
+            assert len(upstream.asked) == before
+            assert post(who("t2")) != 403
+            assert upstream.asked[-1].max_tokens == 64, route
+
 
 @pytest.mark.server("litellm")
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_a_litellm_proxy_lets_go_by_itself_when_the_server_is_gone_and_runs_without_one(
     tmp_path: Path, peers_python: str
 ) -> None:
@@ -177,11 +204,11 @@ def test_a_litellm_proxy_lets_go_by_itself_when_the_server_is_gone_and_runs_with
     with contextlib.ExitStack() as server:
         url = server.enter_context(serving(governor.app))
         with proxy(tmp_path, peers_python, upstream, url) as gateway:
-            governor.hold(directive("DIR-block", "block", {"tenant": "t1"}, lasts_s=12.0))
+            governor.hold(directive("DIR-block", "block", {"tenant": "t1"}, lasts_s=20.0))
             assert eventually(lambda: governor.is_held("DIR-block"))
             server.close()
             assert gateway.call(tenant="t1")[0].status_code == 403
             assert gateway.call(tenant="t2")[0].status_code == 200
-            assert eventually(lambda: gateway.call(tenant="t1")[0].status_code == 200, 20)
+            assert eventually(lambda: gateway.call(tenant="t1")[0].status_code == 200, 60)
     with proxy(tmp_path, peers_python, upstream, nobody) as gateway:
         assert gateway.call()[0].status_code == 200

@@ -38,6 +38,11 @@ class Asked(NamedTuple):
     model: str
     max_tokens: int | None
 
+    @classmethod
+    def of(cls, place: str, body: dict[str, Any]) -> Asked:
+        limits = (body.get(n) for n in ("max_tokens", "max_completion_tokens", "max_output_tokens"))
+        return cls(place, str(body["model"]), next((n for n in limits if n is not None), None))
+
 
 class Upstream:
     """Counts what it answered; `app` is the ASGI application, which answers at `/v1` and at any other first part of the path."""
@@ -65,6 +70,14 @@ class Upstream:
                     "usage": {"prompt_tokens": 120, "completion_tokens": 34, "total_tokens": 154, "prompt_tokens_details": {"cached_tokens": 64}},
                 }
             )  # fmt: skip
+
+        @self.app.post("/{place}/{route:path}")
+        async def other(place: str, route: str, request: Request) -> JSONResponse:
+            """Other kinds of calls are noted, and answered with an error of theirs."""
+            self.asked.append(Asked.of(place, await request.json()))
+            return JSONResponse(
+                {"error": {"message": "not served here", "type": "not_found"}}, status_code=404
+            )
 
 
 class Governor:

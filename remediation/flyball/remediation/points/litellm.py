@@ -54,7 +54,7 @@ class Guard(CustomLogger):  # type: ignore[misc]  # LiteLLM is no dependency of 
             )
         self._share = _share("FLYBALL_POINT_LIMIT_SHARE", environ)
         self._lock = threading.Lock()
-        self._groups: tuple[tuple[int, int, int], Groups] | None = None
+        self._groups: tuple[int, Groups] | None = None
         self._pid = -1
         self._obeyer = self._started()
 
@@ -85,7 +85,7 @@ class Guard(CustomLogger):  # type: ignore[misc]  # LiteLLM is no dependency of 
 
         models = getattr(llm_router, "model_list", None) or []
         fallbacks = getattr(llm_router, "fallbacks", None) or []
-        key = (id(models), len(models), len(fallbacks))
+        key = hash((tuple(map(id, models)), len(fallbacks)))
         if self._groups is None or self._groups[0] != key:
             aliases = getattr(llm_router, "model_group_alias", None) or {}
             made = Groups(
@@ -123,9 +123,10 @@ class Guard(CustomLogger):  # type: ignore[misc]  # LiteLLM is no dependency of 
     ) -> None:
         told = kwargs.get("standard_logging_object") or {}
         free = told.get("cache_hit") is True
-        tokens = 0 if free else told.get("total_tokens")
+        # A stream without usage tells of no tokens, which is not the same as none.
+        tokens = 0 if free else told.get("total_tokens") or None
         usd = 0.0 if free else told.get("response_cost")
-        self._here().charge(str(kwargs.get("litellm_call_id") or ""), tokens or None if not free else 0, usd)
+        self._here().charge(str(kwargs.get("litellm_call_id") or ""), tokens, usd)
 
     async def async_post_call_failure_hook(
         self,
