@@ -29,6 +29,7 @@ from tests.remediation._estate import T0, World, change, incident
 def plan(
     at: float, *, mode: str = "auto", attempt: int = 1, incident_id: str = "INC-1", source: str = "b", target: str = "a",
     hold_s: float = 3600.0, lease_s: float = 300.0, within_s: float = 180.0, approved_by: str = "",
+    shares: tuple[float, ...] = (0.25, 0.95),
 ) -> Plan:  # fmt: skip
     steps = (
         PlanStep(
@@ -36,7 +37,7 @@ def plan(
             action="redirect",
             kind="redirect",
             scope={"provider": source},
-            stages=({"to": {"provider": target}, "share": 0.25}, {"to": {"provider": target}, "share": 0.95}),
+            stages=tuple({"to": {"provider": target}, "share": share} for share in shares),
             source={"provider": source},
             target={"provider": target},
             hold_s=hold_s,
@@ -306,6 +307,78 @@ def test_a_square_wave_of_twenty_seconds_does_not_flap() -> None:
         drill.run(1)
     assert drill.changes.count("granted") == 1
     assert "released" not in drill.changes
+
+
+def shares(said: list[Moved]) -> list[tuple[str, float]]:
+    return [(m.change, m.directive.params["share"]) for m in said if isinstance(m, DirectiveChange)]
+
+
+def eased(drill: Drill) -> None:
+    """To the moment at which the wide redirect went back to a quarter."""
+    drill.order()
+    drill.run(8)
+    drill.world.fails["b"] = 0.0
+    while drill.executor.directives()[0].params["share"] > 0.25:
+        drill.run(1)
+
+
+def test_a_wide_redirect_goes_back_in_two_steps() -> None:
+    drill = Drill()
+    eased(drill)
+    until = only(drill.executor.directives()).expires_at
+    assert drill.run(2) == []  # a span of its own, though the source has been well for longer
+    said = drill.run(2)
+    assert shares(said) == [("released", 0.25)]
+    assert outcomes(said)[-1].reason == "recovered"
+    assert [e for e in drill.log if isinstance(e, DirectiveChange)][-1].directive.expires_at <= until
+
+
+def test_a_narrow_redirect_goes_back_at_once() -> None:
+    drill = Drill()
+    drill.order(plan(drill.world.now, shares=(0.2,)))
+    drill.run(4)
+    drill.world.fails["b"] = 0.0
+    assert shares(drill.run(14)) == [("released", 0.2)]
+
+
+def test_a_source_that_has_been_well_for_long_gets_everything_at_once() -> None:
+    drill = Drill()
+    drill.order()
+    drill.run(8)
+    drill.world.fails["b"] = 0.0
+    for _ in range(13):  # nobody looked meanwhile
+        drill.world.advance(drill.executor.directives())
+    assert shares(drill.run(1)) == [("released", 0.95)]
+
+
+def test_a_source_that_does_not_bear_its_load_is_left_again_and_then_has_to_be_well_for_longer() -> None:
+    drill = Drill()
+    eased(drill)
+    drill.world.fails["b"] = 0.6
+    assert shares(drill.run(1)) == [("renewed", 0.95)]
+    drill.world.fails["b"] = 0.0
+    drill.run(5)
+    assert only(drill.executor.directives()).params["share"] == 0.95
+    drill.run(6)
+    assert only(drill.executor.directives()).params["share"] == 0.25
+
+
+def test_under_a_stop_a_source_that_fails_again_gets_no_wider_redirect() -> None:
+    drill = Drill()
+    eased(drill)
+    stop(drill)
+    drill.world.fails["b"] = 0.6
+    assert shares(drill.run(3)) == []
+    assert only(drill.executor.directives()).params["share"] == 0.25
+
+
+def test_a_stop_does_not_hold_up_the_way_back() -> None:
+    drill = Drill()
+    drill.order()
+    drill.run(8)
+    stop(drill)
+    drill.world.fails["b"] = 0.0
+    assert shares(drill.run(14)) == [("renewed", 0.25), ("released", 0.25)]
 
 
 def test_a_person_can_let_go_of_a_lease() -> None:
