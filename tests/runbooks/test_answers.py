@@ -169,6 +169,36 @@ def test_a_plan_refused_by_a_guard_is_offered_again_when_the_guard_lets_it() -> 
     assert desk.answer(plan)[0].reason == "approval_withdrawn"
 
 
+def test_an_offer_that_a_guard_took_back_for_a_moment_is_the_same_offer_again() -> None:
+    desk, plan = asked()
+    desk.stop()
+    assert verdicts(desk.tick()) == [("hold", "stopped")]
+    assert desk.planner.waiting(desk.world.now) == []
+    desk.stop("all", "resume")
+    decision, again = one(desk.tick())
+    assert (decision.reason, again) == ("mode_approve", plan)
+    assert decision.until == plan.at + 600.0
+    assert desk.answer(plan)[0].reason == "approved"
+
+
+def test_an_answer_that_a_guard_refused_does_not_come_to_count_later() -> None:
+    desk, plan = asked()
+    at = desk.world.now
+    desk.stop()
+    assert desk.answer(plan)[0].reason == "stopped"
+    desk.stop("all", "resume")
+    fresh = one(desk.tick())[1]
+    assert fresh is not None
+    assert fresh.plan_hash != plan.plan_hash
+    assert desk.answer(plan, at=at)[0].reason == "approval_withdrawn"
+
+
+def test_a_plan_whose_runbook_was_edited_is_another_plan() -> None:
+    desk, plan = asked(book(TOUCH, FRESH))
+    desk.planner.reload(books(book(TOUCH, FRESH, ("cooldown: 30m", "cooldown: 31m"))))
+    assert desk.answer(plan)[0].reason == "plan_changed"
+
+
 def test_a_plan_of_a_resolved_incident_waits_no_more() -> None:
     desk, plan = asked()
     desk.news(desk.incident(state=State.RESOLVED))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from flyball.core.directives import Approval
 from flyball.core.incident import Incident
-from flyball.core.plans import Waiting, format_duration
+from flyball.core.plans import Plan, Waiting, format_duration
 from flyball.runbooks.guards import Question
 from flyball.runbooks.resolve import same_effect
 from flyball.runbooks.standing import Answered, Case, Standing
@@ -36,11 +36,33 @@ def withdraw(
     s: Standing, case: Case, how: Literal["approved", "denied", "expired", "withdrawn"], now: float
 ) -> None:
     """What waited in this case waits no more; an answer to it is refused from now on. The next offer is another one."""
+    case.lapsed = None
     waiting = s.waiting.pop(case.waiting, None)
     if waiting is not None:
         s.answered[waiting.hash] = Answered(now, waiting.plan.incident, waiting.plan.runbook, how)
         case.offers += how != "approved"
     case.waiting = ""
+
+
+def lapse(s: Standing, case: Case, now: float) -> None:
+    """As `withdraw`, because of a guard that may change its mind; see `revive`."""
+    lapsed = s.waiting.get(case.waiting) or case.lapsed
+    withdraw(s, case, "withdrawn", now)
+    case.lapsed = lapsed
+
+
+def revive(s: Standing, case: Case, plan: Plan, book: str, now: float) -> Waiting | None:
+    """The offer that lapsed, if the same would be offered now and its time is not up: what a person has before them stays right.
+
+    Not after an answer: one that a guard refused must not come to count later.
+    """
+    lapsed, case.lapsed = case.lapsed, None
+    if lapsed is None or now > lapsed.until or case.book != book or not same_effect(lapsed.plan, plan):
+        return None
+    s.answered.pop(lapsed.hash, None)
+    s.waiting[lapsed.hash] = lapsed
+    case.waiting = lapsed.hash
+    return lapsed
 
 
 def refusal(s: Standing, approval: Approval, waiting: Waiting | None, now: float) -> Refused | None:
@@ -70,11 +92,11 @@ def own_change(approval: Approval, incident: Incident) -> Refused | None:
     return None
 
 
-def plan_changed(waiting: Waiting, q: Question) -> Refused | None:
-    """What would be done now must be what was read."""
-    if same_effect(waiting.plan, q.plan):
+def plan_changed(waiting: Waiting, q: Question, book: str) -> Refused | None:
+    """What would be done now must be what was read, by the same runbook."""
+    if q.case.book == book and same_effect(waiting.plan, q.plan):
         return None
     values = {"offered": waiting.hash, "now": q.plan.plan_hash}
     return Refused(
-        "plan_changed", "its targets are others now; what is right now is offered again", None, values
+        "plan_changed", "what would be done now is something else; that is offered instead", None, values
     )

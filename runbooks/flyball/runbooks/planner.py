@@ -28,7 +28,7 @@ from flyball.core.ids import short_id
 from flyball.core.incident import IncidentChange, State
 from flyball.core.plans import MODES, Mode, Plan, Waiting
 from flyball.core.stops import Stops
-from flyball.runbooks.answers import Refused, own_change, plan_changed, refusal, withdraw
+from flyball.runbooks.answers import Refused, lapse, own_change, plan_changed, refusal, revive, withdraw
 from flyball.runbooks.conditions import variables_of
 from flyball.runbooks.explain import Explained, explain, verdict_of
 from flyball.runbooks.guards import Check, Question, first_no
@@ -94,7 +94,8 @@ class Planner:
 
     def _use(self, runbooks: RunbookSet) -> None:
         self._runbooks = runbooks
-        self._id = short_id("SET", self._ceiling, *(f"{r.name} {r.mode} {r.text}" for r in runbooks))
+        self._books = {r.name: short_id("BOOK", r.name, r.mode, r.text) for r in runbooks}
+        self._id = short_id("SET", self._ceiling, *self._books.values())
         self._by_time = [r for r in runbooks if _READS_TIME.search(r.condition.source)]
         self._by_window = [
             r for r in runbooks if r not in self._by_time and _READS_ESTATE.search(r.condition.source)
@@ -288,7 +289,7 @@ class Planner:
             return self._refuse(approval, waiting, refused, now), None
         q = self._question(runbook, known, case, self._values(known, now), estate, now)
         no = first_no(q) if runbook.condition.ask(q.variables, estate).true else _CLEARED
-        refused = _refused(no) if no is not None else plan_changed(waiting, q)
+        refused = _refused(no) if no is not None else plan_changed(waiting, q, self._books[plan.runbook])
         if refused is None and q.mode == "observe":
             refused = Refused("mode_observe", "only observing now")
         if refused is not None:
@@ -407,7 +408,7 @@ class Planner:
         q = self._question(runbook, known, case, variables, estate, now)
         no = first_no(q)
         if no is not None:
-            withdraw(s, case, "withdrawn", now)
+            lapse(s, case, now)
             self._look_again(q, no, now)
             return self._say(incident.id, runbook, case, no, q.figures, now)
         return self._go(q, now)
@@ -472,19 +473,23 @@ class Planner:
         """A plan waits for a person. One that nobody answered is offered again, under another hash, as it would be now."""
         s, case = self._s, q.case
         verdict, reason, detail = verdict_of(q)
-        if case.waiting:
-            values = {**values, "instead_of": case.waiting}
-            detail = f"{detail}; offered again, nobody answered the last time"
-            withdraw(s, case, "expired", now)
+        last, book = s.waiting.get(case.waiting), self._books[q.runbook.name]
+        if last is not None:
+            values = {**values, "instead_of": last.hash}
+            if now > last.until:
+                detail = f"{detail}; offered again, nobody answered the last time"
+            withdraw(s, case, "expired" if now > last.until else "withdrawn", now)
             plan = msgspec.structs.replace(plan, plan_hash=hash_of(plan, case.offers))
-        until = now + q.runbook.model.approval
-        case.waiting = plan.plan_hash
+        offer = revive(s, case, plan, book, now)
+        if offer is None:
+            until = now + q.runbook.model.approval
+            offer = Waiting(hash=plan.plan_hash, plan=plan, since=now, until=until, values=values)
+            s.waiting[offer.hash] = offer
+            case.waiting, case.book = offer.hash, book
         case.said = (verdict.value, reason)
-        case.look_at = min(case.look_at, until)
-        s.waiting[plan.plan_hash] = Waiting(
-            hash=plan.plan_hash, plan=plan, since=now, until=until, values=values
-        )
-        return _decision(plan, verdict, reason, detail, now, values, until=until), plan
+        case.look_at = min(case.look_at, offer.until)
+        decision = _decision(offer.plan, verdict, reason, detail, now, values, until=offer.until)
+        return decision, offer.plan
 
     def _begin(self, plan: Plan, runbook: Runbook, case: Case, now: float) -> None:
         """Takes the locks and counts the run; from here on the executor has it."""

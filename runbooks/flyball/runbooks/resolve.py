@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -16,7 +16,7 @@ from flyball.runbooks.candidates import best_healthy
 from flyball.runbooks.loader import Runbook, RunbookStep
 from flyball.runbooks.standing import Case, PlannerSettings, Standing, move_of
 
-CLOSE_RATIO = 0.25
+CLOSE_RATIO: Final = 0.25
 """A figure that was resolved from live traffic (75 % of what flows now) may differ by this much when it is resolved again."""
 
 
@@ -150,25 +150,31 @@ def _step(runbook: Runbook, step: RunbookStep, f: Frozen) -> PlanStep:
 def same_effect(read: Plan, now: Plan) -> bool:
     """Whether what a person read is still what would be done: the same targets, steps and parameters.
 
-    Figures that were resolved from live traffic may have moved a little (`CLOSE_RATIO`); what is carried out is what was read.
+    Figures of a stage that were resolved from live traffic may have moved a little (`CLOSE_RATIO`); what is carried out is what
+    was read. What recovery is judged by (`baseline`) is no part of it.
     """
     if read.locks != now.locks or len(read.steps) != len(now.steps):
         return False
-    return all(_alike(_shape(a), _shape(b)) for a, b in zip(read.steps, now.steps, strict=True))
+    pairs = list(zip(read.steps, now.steps, strict=True))
+    if any(_frame(a) != _frame(b) for a, b in pairs):
+        return False
+    return all(_alike(a.stages, b.stages) for a, b in pairs)
 
 
-def _shape(step: PlanStep) -> Any:
-    """A step without what it is judged by."""
-    return msgspec.to_builtins(msgspec.structs.replace(step, baseline={}))
+def _frame(step: PlanStep) -> PlanStep:
+    return msgspec.structs.replace(step, baseline={}, stages=())
 
 
-def _alike(a: Any, b: Any) -> bool:
-    if isinstance(a, bool) or isinstance(b, bool):
-        return a is b
-    if isinstance(a, int | float) and isinstance(b, int | float):
-        return abs(a - b) <= CLOSE_RATIO * max(abs(a), abs(b))
+def _alike(a: Any, b: Any, name: str = "") -> bool:
+    """Equal, but for numbers that are no share: those may differ by CLOSE_RATIO."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_alike(a[k], b[k]) for k in a)
+        return a.keys() == b.keys() and all(_alike(a[k], b[k], k) for k in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(_alike(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
+        return len(a) == len(b) and all(_alike(x, y, name) for x, y in zip(a, b, strict=True))
+    if name == "share" or not (_is_number(a) and _is_number(b)):
+        return bool(a == b)
+    return bool(abs(a - b) <= CLOSE_RATIO * max(abs(a), abs(b)))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

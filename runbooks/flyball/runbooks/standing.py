@@ -56,6 +56,10 @@ class Case(msgspec.Struct):
     """Hash of the plan that waits for a person."""
     offers: int = 0
     """Offers that came to nothing: the next one gets a hash of its own, so that an answer to the last does not fit it."""
+    book: str = ""
+    """Digest of the runbook that the last offer was made by."""
+    lapsed: Waiting | None = None
+    """An offer that a guard took back: the same again, should the guard let it while its time lasts."""
     denied_until: float = 0.0
     denied_by: str = ""
     rests_until: float = 0.0
