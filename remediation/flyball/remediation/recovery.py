@@ -216,7 +216,7 @@ def uncapped(
         span *= 2.0
     calls = estate.calls(step.source, span)
     if not calls:
-        return "yes" if estate.calls({}, span) else "unknown"
+        return "unknown"
     answers: list[Answer] = []
     for what, value in known.items():
         then, per_min = stage.before.get(f"from_{what}"), stage.before.get("from_calls_per_min", 0.0)
