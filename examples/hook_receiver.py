@@ -11,7 +11,7 @@ and in flyball.yaml, with the same variable set for `flyball run`:
 
 To make it your own, replace `World`: it is the only part that knows what a node is. Then try it:
 
-    flyball hook conform http://127.0.0.1:9922/ --action drain --target node-1
+    flyball hook conform http://127.0.0.1:9922/ --action drain --target node:node-1
 
 With FLYBALL_URL set, the end of an operation is also told to Flyball at once; without it, Flyball asks.
 """
@@ -49,15 +49,19 @@ class World:
             if not (self.nodes / name).exists():
                 (self.nodes / name).write_text("ready")
 
+    def node(self, target: str) -> str:
+        """Runbooks name entities, `node:node-1` or `gpu:node-1/gpu-3`; both are on the node that is acted on."""
+        return target.partition(":")[2].partition("/")[0] or target
+
     def knows(self, targets: list[str]) -> bool:
-        there = {p.name for p in self.nodes.iterdir()}
-        return bool(targets) and set(targets) <= there
+        return bool(targets) and {self.node(t) for t in targets} <= {p.name for p in self.nodes.iterdir()}
 
     def look(self, targets: list[str]) -> dict[str, str]:
-        return {name: (self.nodes / name).read_text() for name in targets}
+        """The state of each node that the targets are on."""
+        return {name: (self.nodes / name).read_text() for name in sorted({self.node(t) for t in targets})}
 
     def act(self, id: str, action: str, targets: list[str]) -> None:
-        self.restore(id, action, dict.fromkeys(targets, self.actions[action]))
+        self.restore(id, action, dict.fromkeys(self.look(targets), self.actions[action]))
 
     def restore(self, id: str, what: str, before: dict[str, str]) -> None:
         for name, state in before.items():
@@ -142,7 +146,7 @@ class Hook:
             return {"status": "rejected", "code": "unknown_target"}
         ref, before = order["operation_id"], self.world.look(targets)
         return {
-            "status": "accepted", "targets": targets, "predicted": {"nodes": len(targets)}, "undo_ref": ref, "before": before,
+            "status": "accepted", "targets": targets, "predicted": {"nodes": len(before)}, "undo_ref": ref, "before": before,
         }  # fmt: skip
 
     def cancel(self, order: dict[str, Any]) -> Answer:

@@ -55,7 +55,7 @@ steps:
     release: resolved
 on_failure: undo_and_page
 """
-NODE = "node:node-1"
+NODE = "node-1"
 
 
 def runbooks() -> RunbookSet:

@@ -49,7 +49,18 @@ def url() -> tuple[str, str]:
 def test_the_example_passes_every_check_and_is_killed_on_the_way(tmp_path: Path) -> None:
     there, port = url()
     command = f"{sys.executable} {EXAMPLE} {port} {tmp_path} node-1"
-    done = flyball(there, "--action", "drain", "--target", "node-1", "--command", command, "--json")
+    done = flyball(
+        there,
+        "--action",
+        "drain",
+        "--target",
+        "node:node-1",
+        "--target",
+        "gpu:node-1/gpu-3",
+        "--command",
+        command,
+        "--json",
+    )
     checks = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(checks) > 20
