@@ -15,6 +15,7 @@ from flyball.core.plans import Actions
 from flyball.runbooks.loader import Runbook, check_document, place_of, read_texts
 from flyball.runbooks.yaml_nodes import Document, parse
 
+_USE_OF_PARAM: Final = re.compile(r"\bparams\.([a-z0-9_]+)", re.ASCII)
 _SHOWS_RESTRAINT: Final = ("refuse", "hold", "nothing")
 
 
@@ -60,8 +61,9 @@ def unfinished(runbook: Runbook, document: Document) -> list[ConfigError]:
         if step.implementation.effect == "operation" and written.undo is None:
             what = "nothing says how it is taken back; write `undo: hook`, or `undo: none` and an `approval`"
             errors.append(document.error("RB116", what, *document.place(("steps", i, step.action), key=True)))
+    used = set(_USE_OF_PARAM.findall(runbook.text))
     for name in runbook.model.params:
-        if not re.search(rf"\bparams\.{name}\b", runbook.text):
+        if name not in used:
             what = f"nothing uses params.{name}; use it, or leave it out"
             errors.append(document.error("RB118", what, *document.place(("params", name), key=True)))
     return sorted(errors, key=place_of)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final
 
 import yaml
@@ -248,8 +249,8 @@ class _Builder:
     def _scalar(self, event: Any) -> Any:
         """A plain scalar by the YAML 1.2 core schema; refused when YAML 1.1 readers see something else."""
         raw: str = event.value
-        kind, value = _core(raw)
-        old = _kind_1_1(raw)
+        # Names of fields and short values come again and again; long ones would only fill the memory.
+        kind, value, old = _kinds(raw) if len(raw) <= 40 else _kinds.__wrapped__(raw)
         if kind != old:
             raise self._error(
                 event,
@@ -278,6 +279,13 @@ def _way_out(raw: str, old: str) -> str:
     if old in ("int", "float") and ":" in raw:
         return "write a duration such as 90s, or quote it"
     return "quote it if text is meant"
+
+
+@lru_cache(maxsize=4096)
+def _kinds(raw: str) -> tuple[str, Any, str]:
+    """Kind and value by the core schema, and the kind that YAML 1.1 would take it for."""
+    kind, value = _core(raw)
+    return kind, value, _kind_1_1(raw)
 
 
 def _core(raw: str) -> tuple[str, Any]:
