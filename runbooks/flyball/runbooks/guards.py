@@ -222,7 +222,7 @@ def _figures(plan: Plan, estate: Estate, span_s: float) -> dict[str, Any]:
         for name, scope in (("from", step.source), ("to", step.target)):
             seen = estate.errors(scope, span_s)
             figures[name] = key_of(scope)
-            figures[f"{name}_calls"] = seen.n
+            figures[f"{name}_calls"] = seen.n or estate.calls(scope, span_s)  # of a run, its steps
             if seen.n:
                 figures[f"{name}_errors"] = round(seen.value, 4)
     return figures

@@ -40,7 +40,7 @@ class PlannerSettings:
     settle_s: float = 30.0
     hysteresis_s: float = 600.0
     relook_s: float = 60.0
-    looks_per_tick: int = 200
+    looks_per_tick: int = 100
     candidates: CandidateSettings = field(default_factory=CandidateSettings)
 
 
