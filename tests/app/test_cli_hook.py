@@ -69,7 +69,7 @@ def test_the_example_passes_every_check_and_is_killed_on_the_way(tmp_path: Path)
     # Of every order one line and of its undo one; an undo that a kill cut off may stand there twice.
     done_for = [line.split()[:2] for line in (tmp_path / "done.log").read_text().splitlines()]
     starts = [id for id, what in done_for if what == "drain"]
-    assert len(starts) == len(set(starts)) > 10
+    assert len(starts) == len(set(starts)) >= 7
 
 
 def test_a_receiver_that_forgets_when_it_is_killed_fails_that_check(tmp_path: Path) -> None:
