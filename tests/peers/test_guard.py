@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,20 +35,23 @@ def directive(
     )  # fmt: skip
 
 
-def config(folder: Path, upstream: str) -> Path:
-    """`fine` at one provider, `fine-elsewhere` the same model at the other, `small`, and `mixed` at both."""
+GROUPS = (
+    ("fine", OPENAI, "gpt-fine"),
+    ("fine-elsewhere", OTHER, "gpt-fine"),
+    ("small", OPENAI, "gpt-small"),
+    ("mixed", OPENAI, "gpt-mixed"),
+    ("mixed", OTHER, "gpt-mixed"),
+)
+"""Model group, provider, model: one model at both, one at the first only, and a group with deployments at both."""
+PLACE = {OPENAI: "first", OTHER: "second"}
 
-    def entry(group: str, provider: str, model: str, place: str) -> str:
-        params = f"model: {provider}/{model}, api_base: '{upstream}/{place}', api_key: none, max_retries: 0"
-        return f"  - {{model_name: {group}, litellm_params: {{{params}}}}}"
 
-    lines = [
-        "model_list:",
-        entry("fine", OPENAI, "gpt-fine", "first"),
-        entry("fine-elsewhere", OTHER, "gpt-fine", "second"),
-        entry("small", OPENAI, "gpt-small", "first"),
-        entry("mixed", OPENAI, "gpt-mixed", "first"),
-        entry("mixed", OTHER, "gpt-mixed", "second"),
+def config(folder: Path, upstream: str, groups: Iterable[tuple[str, str, str]]) -> Path:
+    lines = ["model_list:"]
+    for group, provider, model in groups:
+        params = f"model: {provider}/{model}, api_base: '{upstream}/{PLACE[provider]}', api_key: none, max_retries: 0"
+        lines.append(f"  - {{model_name: {group}, litellm_params: {{{params}}}}}")
+    lines += [
         "router_settings: {num_retries: 0, disable_cooldowns: true}",
         "litellm_settings:",
         '  callbacks: ["generic_api", "flyball.remediation.points.litellm.guard"]',
@@ -79,10 +82,16 @@ class Proxy:
 
 
 @contextlib.contextmanager
-def proxy(folder: Path, python: str, upstream: Upstream, flyball: str) -> Iterator[Proxy]:
+def proxy(
+    folder: Path,
+    python: str,
+    upstream: Upstream,
+    flyball: str,
+    groups: Iterable[tuple[str, str, str]] = GROUPS,
+) -> Iterator[Proxy]:
     port = free_port()
     with serving(upstream.app) as upstream_url:
-        path = config(folder, upstream_url)
+        path = config(folder, upstream_url, groups)
         command = [str(Path(python).parent / "litellm"), "--config", str(path), "--port", str(port), "--host", "127.0.0.1"]  # fmt: skip
         env = {
             "FLYBALL_URL": flyball, "PYTHONPATH": str(ROOT / "remediation"),

@@ -50,6 +50,8 @@ class Upstream:
     def __init__(self) -> None:
         self.answered: Counter[str] = Counter()
         self.asked: list[Asked] = []
+        self.broken: set[str] = set()
+        """Places that are overloaded just now, whatever they are asked."""
         self.app = FastAPI()
 
         @self.app.post("/{place}/chat/completions")
@@ -61,7 +63,7 @@ class Upstream:
                 Asked(place, model, body.get("max_tokens") or body.get("max_completion_tokens"))
             )
             for name, (status, error) in FAILURES.items():
-                if model.endswith(name):
+                if model.endswith(name) or (place in self.broken and name == "overloaded-503"):
                     return JSONResponse({"error": error}, status_code=status)
             return JSONResponse(
                 {
