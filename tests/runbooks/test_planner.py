@@ -279,3 +279,70 @@ def test_from_the_incident_to_the_released_lease_and_no_second_run() -> None:
         "run", "granted", "applied", "verified", "renewed", "applied", "verified", "renewed", "released", "released", "hold",
         "refuse",
     ]  # fmt: skip
+
+
+# --- what changes without news ----------------------------------------------------------------------------------------------
+
+
+def test_a_condition_that_reads_the_age_becomes_true_by_itself() -> None:
+    desk = Desk(("severity >= HIGH", "severity >= HIGH && incident.age_s >= 30.0"))
+    assert desk.news() == []
+    assert desk.tick(2) == []
+    assert verdicts(desk.tick()) == [("run", "when_matched")]
+
+
+def test_a_condition_that_reads_the_age_ends_by_itself() -> None:
+    desk = Desk(("severity >= HIGH", "severity >= HIGH && incident.age_s < 30.0"), ceiling="suggest")
+    desk.news()
+    assert desk.tick(2) == []
+    assert verdicts(desk.tick()) == [("hold", "condition_cleared")]
+    assert desk.planner.waiting(desk.world.now) == []
+
+
+def test_a_condition_that_reads_live_traffic_is_asked_again_when_a_window_closes() -> None:
+    reads = 'when: >-\n  incident.severity >= HIGH && errors({"provider": "c"}, duration("20s")) > 0.5'
+    desk = Desk(('when: incident.root.kind == "provider" && incident.severity >= HIGH', reads))
+    assert desk.news() == []
+    desk.world.fails["c"] = 0.9
+    assert verdicts(desk.tick(2)) == [("run", "when_matched")]
+
+
+def test_a_new_set_of_runbooks_judges_every_incident_at_the_next_tick() -> None:
+    desk = Desk(("severity >= HIGH", "severity >= CRITICAL"))
+    assert desk.news() == []
+    desk.planner.reload(books(YAML))
+    assert verdicts(desk.tick()) == [("run", "when_matched")]
+
+
+def test_a_set_that_changed_while_flyball_was_down_judges_every_incident_too() -> None:
+    desk = Desk(("severity >= HIGH", "severity >= CRITICAL"))
+    desk.news()
+    state = desk.planner.snapshot()
+    desk.planner = Planner(books(YAML), "auto")
+    desk.planner.restore(state)
+    assert verdicts(desk.tick()) == [("run", "when_matched")]
+
+
+def test_what_runs_goes_on_under_its_own_plan_when_its_runbook_goes() -> None:
+    desk = Desk()
+    _, plan = one(desk.news())
+    desk.planner.reload(books(YAML.replace("failover", "another")))
+    assert verdicts(desk.tick()) == [("hold", "lock")]
+    desk.end(plan)
+    assert verdicts(desk.tick()) == [("hold", "cooldown")]
+
+
+def test_a_ceiling_that_is_lifted_lets_run_what_waited() -> None:
+    desk = Desk(ceiling="approve")
+    _, plan = one(desk.news())
+    desk.planner.reload(books(YAML), "auto")
+    assert verdicts(desk.tick()) == [("run", "when_matched")]
+    assert desk.answer(plan)[0].reason == "approval_withdrawn"
+
+
+def test_a_ceiling_that_is_lowered_takes_the_offer_back() -> None:
+    desk = Desk(ceiling="approve")
+    desk.news()
+    desk.planner.reload(books(YAML), "observe")
+    assert verdicts(desk.tick()) == [("hold", "mode_observe")]
+    assert desk.planner.waiting(desk.world.now) == []

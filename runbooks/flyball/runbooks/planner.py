@@ -135,6 +135,7 @@ class Planner:
         if s.runbooks != self._id:
             s.runbooks = self._id
             self._drop_gone(now)
+            s.wake_all(now)
             return self._decide(list(s.incidents), estate, now)
         return self._look(closed, estate, now)
 
