@@ -17,10 +17,9 @@ from sqlalchemy.exc import DatabaseError
 from flyball.app.settings import Settings, load, unknown_variables
 from flyball.app.store import ledger, store
 from flyball.app.store.sqlite import has_wal_reset_fault, open_reader
-from flyball.app.wiring import database_path
+from flyball.app.wiring import database_path, runbooks_of
 from flyball.core.errors import ConfigError
-from flyball.remediation import actions
-from flyball.runbooks.loader import load_runbooks
+from flyball.remediation.actions.hook import Hook
 
 _LOW_DISK_BYTES: Final = 2 << 30
 _MANY_DUPLICATES: Final = 0.05
@@ -66,7 +65,7 @@ def _sqlite() -> Finding:
 
 def _runbooks(settings: Settings) -> Iterator[Finding]:
     try:
-        found = load_runbooks(settings.runbooks, actions=actions.registry())
+        found = runbooks_of(settings)
     except ConfigError as e:
         yield Finding(
             "runbooks", "bad", str(e), "correct the file named; a running Flyball keeps the set it has"
@@ -74,6 +73,20 @@ def _runbooks(settings: Settings) -> Iterator[Finding]:
         return
     names = ", ".join(f"{b.name} ({b.mode})" for b in found)
     yield Finding("runbooks", "ok", f"{names}; ceiling {settings.mode}")
+    hooks = {h.name for h in settings.hooks}
+    missing = sorted(
+        f"{b.name} asks {call.name!r}"
+        for b in found
+        for step in b.steps
+        if isinstance(call := step.params, Hook.Params) and call.name not in hooks and b.mode != "observe"
+    )
+    if missing:
+        yield Finding(
+            "hooks",
+            "warn",
+            f"no hook of that name is set: {', '.join(missing)}; such a step is not carried out",
+            "add it under `hooks` in the settings",
+        )
 
 
 def _data(settings: Settings) -> Iterator[Finding]:
@@ -141,6 +154,33 @@ def _running(url: str, token: str) -> Iterator[Finding]:
     yield from _traffic(status)
 
 
+def _acting(status: dict[str, Any]) -> Iterator[Finding]:
+    """What keeps Flyball from acting as its runbooks say, and what it failed over."""
+    if status["stopped"]:
+        yield Finding(
+            "stopped",
+            "warn",
+            f"the kill switch is on for {', '.join(status['stopped'])}",
+            "flyball resume SCOPE",
+        )
+    if status["left_out"]:
+        yield Finding(
+            "faults",
+            "bad",
+            f"{status['left_out']} records were left out because a stage failed over them; the last: {status['left_out_why']}",
+            "report it with the record: flyball dead-letters list",
+        )
+    if status["runbooks_refused"]:
+        yield Finding(
+            "reload",
+            "bad",
+            f"newer files are refused, the set before them runs: {'; '.join(status['runbooks_refused'][:3])}",
+            "correct the file named: flyball runbook lint",
+        )
+    if status["waiting"]:
+        yield Finding("approvals", "ok", f"{status['waiting']} wait for a person: flyball approvals")
+
+
 def _traffic(status: dict[str, Any]) -> Iterator[Finding]:
     calls = status["events"].get("llm_call", 0)
     if not status["events"]:
@@ -166,6 +206,7 @@ def _traffic(status: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "detector", "bad", f"{kind} is switched off: {why}", "report it; a restart switches it on again"
         )
+    yield from _acting(status)
     if status["rejected"]:
         total = sum(status["rejected"].values())
         yield Finding(

@@ -51,6 +51,11 @@ class RuntimeCollector:
             ("flyball_incidents", "Incidents opened.", c["incidents"]),
             ("flyball_pages", "Pages: notifications that wake a person.", c["pages"]),
             ("flyball_directives_granted", "Leases granted.", c["directives"]),
+            (
+                "flyball_records_left_out",
+                "Records of the log that are left out, because a stage raised over them.",
+                r.faults,
+            ),
         ):
             metric = CounterMetricFamily(name, text)
             metric.add_metric([], float(value))
@@ -66,6 +71,8 @@ class RuntimeCollector:
                 max(0.0, now - c["watermark"]) if c["watermark"] else 0.0,
             ),
             ("flyball_live_directives", "Leases in force.", len(r.board.read()[1])),
+            ("flyball_stops", "Scopes for which the kill switch is on.", len(r.switchboard.stops.live)),
+            ("flyball_waiting_approvals", "Plans and steps that wait for a person.", len(figures.waiting)),
             ("flyball_disabled_detectors", "Detectors switched off because they raised.", len(c["disabled"])),
         )
         for name, text, value in gauges:

@@ -15,7 +15,8 @@ from flyball.app.embedded import Embedded
 from flyball.app.http.answers import json_response
 from flyball.app.http.auth import Auth
 from flyball.app.metrics import exposition
-from flyball.app.store import ledger, store
+from flyball.app.reload import RunbookWatch
+from flyball.app.store import acts, ledger, store
 from flyball.core.directives import Enforced
 
 
@@ -28,8 +29,12 @@ class EnforcedBody(BaseModel):
     )
 
 
-def status(runtime: Embedded) -> dict[str, Any]:
-    """The totals that `flyball status --json` and `GET /v1/status` show."""
+def status(runtime: Embedded, watch: RunbookWatch | None = None) -> dict[str, Any]:
+    """The totals that `flyball status --json` and `GET /v1/status` show.
+
+    Args:
+        watch: of the runbooks' files, for what is wrong with them.
+    """
     with runtime.reader.connect() as c:
         incidents = store.incident_counts(c)
     return assemble_status(
@@ -45,7 +50,14 @@ def status(runtime: Embedded) -> dict[str, Any]:
         "clock_skew": runtime.figures.clock_skew_s,
         "ready": runtime.ready,
         "waiting": len(runtime.figures.waiting),
+        "left_out_why": _newest_left_out(runtime),
+        "runbooks_refused": watch.refused if watch is not None else [],
     }
+
+
+def _newest_left_out(runtime: Embedded) -> str:
+    with runtime.reader.connect() as c:
+        return acts.newest_skipped(c)
 
 
 def assemble_status(
@@ -91,7 +103,7 @@ def assemble_incident(c: Connection, incident_id: str) -> dict[str, Any] | None:
     return views.incident(found) | {"history": history, "ledger": entries}
 
 
-def router(runtime: Embedded, auth: Auth) -> APIRouter:
+def router(runtime: Embedded, auth: Auth, watch: RunbookWatch | None = None) -> APIRouter:
     r = APIRouter()
 
     @r.get("/healthz", summary="200 while the process works; 500 when a thread of it has died")
@@ -112,7 +124,7 @@ def router(runtime: Embedded, auth: Auth) -> APIRouter:
     @r.get("/v1/status", summary="Totals since the beginning")
     def get_status(request: Request) -> Response:
         auth.check(request, "read")
-        return json_response(status(runtime))
+        return json_response(status(runtime, watch))
 
     @r.get("/v1/incidents", summary="Incidents, newest first")
     def incidents(
