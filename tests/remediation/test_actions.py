@@ -139,6 +139,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("hook", {"name": "h", "action": "drain", "with": {"x": float("nan")}}, "texts, numbers"),
     ("hook", {"name": "h", "action": "drain", "with": {"x": "y" * 9000}}, "longer than"),
     ("hook", {"name": "h", "action": "drain", "for": "5s"}, "at least 30s"),
+    ("hook", {"name": "h", "action": "drain", "dry_run": "no"}, "valid boolean"),
+    ("redirect", {"hold": "1h"}, "Extra inputs"),
     ("redirect", {"share": ["50%", "25%"]}, "share must rise"),
     ("redirect", {"share": 0.5}, "write a percentage"),
 ]
@@ -321,6 +323,18 @@ def test_one_gpu_is_counted_once_however_it_is_named() -> None:
 
 def test_a_node_of_which_nobody_knows_the_gpus_is_not_drained() -> None:
     assert refusal("hook", DRAIN, incident("node:n1")) == "unmeasured"
+
+
+def test_a_drain_is_proved_on_the_calls_of_the_server_that_ran_there() -> None:
+    on_it = (("deployment", "vllm-1"), ("node", "n1"))
+    estate = traffic(
+        {"deployment": "vllm-1"},
+        {"deployment": "vllm-2"},
+        gpus_of={(("node", "n1"),): ["n1/0"], on_it: ["n1/0"]},
+    )
+    found = frozen("hook", DRAIN, incident("node:n1"), estate)
+    assert (found.source, found.target) == ({"deployment": "vllm-1"}, {"deployment": "vllm-1"})
+    assert (found.scope, found.gpus) == ({"node": "n1"}, 1)
 
 
 def test_a_hook_about_calls_touches_all_of_them_and_no_gpu() -> None:

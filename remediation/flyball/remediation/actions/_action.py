@@ -35,7 +35,7 @@ _MAX_NAME: Final = 512
 class ActionParams(BaseModel):
     """Base of every action's `Params`: unknown fields are errors, values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class LeaseParams(ActionParams):
