@@ -57,6 +57,24 @@ def test_1_no_stop_blocks_the_undo_of_an_operation(scope: str) -> None:
     assert at.executor.wanted(at.sent[-1].id, "undo")
 
 
+def test_1_nothing_outlives_its_expiry_and_no_renewal_its_hold() -> None:
+    at = burning()
+    at.order(plan(limit(200.0, hold_s=700.0)))
+    granted = at.now
+    at.run(69)
+    assert len(at.live()) == 1
+    at.run(1)
+    assert at.live() == []
+    assert max(m.directive.expires_at for m in at.log if isinstance(m, DirectiveChange)) == granted + 700.0
+    drained = burning()
+    drained.order(plan(drain(hold_s=300.0)))
+    drained.reported("succeeded")
+    drained.run(29)
+    assert [o.verb for o in drained.sent] == ["start"]
+    drained.run(1)
+    assert [o.verb for o in drained.sent] == ["start", "undo"]
+
+
 def test_1_a_stop_blocks_neither_recovery_nor_expiry_nor_the_undo_of_a_failure() -> None:
     recovers, expires, fails = burning(), burning(), burning()
     for at, p in (
@@ -186,6 +204,14 @@ def test_7_an_equal_plan_is_carried_out_once_while_it_runs_and_after() -> None:
     assert at.order(p) == []
 
 
+def test_7_a_hook_that_does_not_know_what_it_did_is_not_asked_to_do_it_again() -> None:
+    at = burning()
+    at.order(plan(drain(retry=Retry(count=9, backoff_s=1.0))))
+    at.reported("ambiguous")
+    at.run(20)
+    assert [o.verb for o in at.sent] == ["start"]
+
+
 def test_7_every_change_of_a_lease_raises_its_epoch() -> None:
     at = burning()
     at.order(plan(limit(200.0, 100.0, hold_s=600.0)))
@@ -280,6 +306,17 @@ def test_13_an_approval_is_bound_to_what_was_read_expires_and_is_used_once() -> 
     assert other.answer(True, waiting=asked.hash) == []
     assert words(at.answer(True)) == ["granted"]
     assert at.answer(True, waiting=asked.hash) == []
+
+
+def test_13_an_approval_counts_for_minutes_and_not_from_whoever_made_the_change() -> None:
+    at = burning()
+    at.incident(actor="ben")
+    at.order(plan(limit(200.0, approval=StepApproval(expires_s=120.0))))
+    asked = at.executor.waiting(at.now)[0].hash
+    assert [o.reason for o in outcomes(at.answer(True, by="ben"))] == ["own_change"]
+    at.now += 120.0
+    assert [o.reason for o in outcomes(at.answer(True, by="ana", waiting=asked))] == ["approval_expired"]
+    assert at.live() == []
 
 
 # --- 14 the kill switch ---------------------------------------------------------------------------------------------
