@@ -193,6 +193,15 @@ def test_a_run_is_counted_by_its_steps_and_calls_and_what_was_refused_apart() ->
     assert estate.calls({"run": "r", "app": "shop"}, 60.0) == 0, "nobody could say whose run it is"
 
 
+def test_active_runs_are_listed_with_the_busiest_first() -> None:
+    estate = LiveEstate()
+    estate.observe([AgentStep(at=T0 + i, run="b") for i in range(3)])
+    assert estate.values("run", {}, 600.0) == ["b"]
+    estate.observe([AgentStep(at=T0 + 2.0, run="c"), *(AgentStep(at=T0 + i, run="a") for i in range(3))])
+    assert estate.values("run", {}, 600.0) == ["a", "b", "c"]
+    assert estate.values("run", {"app": "shop"}, 600.0) == []
+
+
 def test_of_a_busy_run_only_the_newest_steps_are_known() -> None:
     estate = LiveEstate()
     estate.observe([AgentStep(at=T0 + i, run="r") for i in range(500)])

@@ -11,6 +11,7 @@ from flyball.core.directives import Directive, DirectiveChange, Verdict
 from flyball.core.events import AgentStep, GpuSample, LlmCall
 from flyball.core.incident import Incident, Severity, State
 from flyball.core.plans import Plan
+from flyball.runbooks.estate import LiveEstate
 from flyball.runbooks.standing import PlannerSettings
 from tests.remediation._estate import Row, window
 from tests.runbooks._desk import TOUCH, YAML, Desk, book, one, verdicts
@@ -310,6 +311,37 @@ def test_a_run_is_measured_by_its_own_steps(n: int, every_s: float, share: float
     assert decision.reason == "when_matched"
     assert decision.values["blast_traffic"] == pytest.approx(share, rel=0.3)
     assert decision.values["blast_tenants"] == 1
+
+
+def only_runs(n: int) -> Desk:
+    """No call is told, only steps of so many runs."""
+    desk = touching("traffic: 10%, tenants: 1", "{scope: {run: r0}}")
+    desk.world.estate = LiveEstate()
+    desk.world.estate.observe(
+        [AgentStep(at=desk.world.now - i, run=f"r{r}") for i in range(10) for r in range(n)]
+    )
+    return desk
+
+
+def test_where_only_runs_are_watched_a_share_is_one_of_all_their_steps() -> None:
+    decision, _ = one(only_runs(20).news())
+    assert (decision.reason, decision.values["blast_traffic"]) == ("when_matched", 0.05)
+
+
+def test_one_of_few_runs_is_stopped_only_with_approval() -> None:
+    decision, plan = one(only_runs(3).news())
+    assert (decision.reason, decision.values["active_runs"]) == ("must_ask", 3)
+    assert plan is not None
+    assert not plan.may_act
+
+
+def test_a_run_that_is_much_of_the_traffic_of_many_is_refused() -> None:
+    desk = only_runs(20)
+    estate = desk.world.estate
+    estate.observe([AgentStep(at=desk.world.now - 10.0, run="r0") for _ in range(31)])
+    estate.observe([AgentStep(at=desk.world.now - 400.0, run=f"r{r}") for r in range(1, 20)])
+    decision, _ = one(desk.news())
+    assert decision.reason == "blast_radius"
 
 
 def test_a_run_that_nobody_saw_is_unknown() -> None:

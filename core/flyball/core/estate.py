@@ -55,7 +55,7 @@ class Estate(Protocol):
         ...
 
     def values(self, label: str, scope: Mapping[str, str], span_s: float) -> Sequence[str]:
-        """Distinct values of one label (`provider`, `tenant`, …) within `scope`, most calls first."""
+        """Distinct values of one label (`provider`, `tenant`, …) within `scope`, most calls first. `run` only of all together."""
         ...
 
     def usd_per_hour(self, scope: Mapping[str, str], span_s: float) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_right, insort
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -62,9 +62,12 @@ class RunActivity:
     def count(self, scope: Mapping[str, str], since: float, *, refused: bool) -> int:
         """Steps after `since` of the one run that the scope names; 0 for a scope with other labels, which nobody could check."""
         times = self._runs.get(scope.get("run", "")) if len(scope) == 1 else None
-        if times is None:
-            return 0
-        return sum(at > since for at in times[0]) + (sum(at > since for at in times[1]) if refused else 0)
+        return _after(times, since, refused=refused) if times is not None else 0
+
+    def active(self, since: float) -> list[str]:
+        """Runs with a step after `since`, most steps first."""
+        found = [(-_after(times, since), run) for run, times in self._runs.items()]
+        return [run for n, run in sorted(found) if n]
 
     def state(self) -> Any:
         return {"newest": self._newest, "runs": self._runs}
@@ -72,6 +75,12 @@ class RunActivity:
     def load(self, state: Any) -> None:
         self._newest = float(state["newest"])
         self._runs = {run: (list(done), list(refused)) for run, (done, refused) in state["runs"].items()}
+
+
+def _after(times: tuple[list[float], list[float]], since: float, *, refused: bool = True) -> int:
+    done, stopped = times
+    n = len(done) - bisect_right(done, since)
+    return n + len(stopped) - bisect_right(stopped, since) if refused else n
 
 
 class GpuInventory:

@@ -17,6 +17,8 @@ DEFAULT_GPU_SHARE: Final = 0.25
 REST: Final = "other"
 """The label of the cell that takes what no longer has a cell of its own: many, so uncountable."""
 _SATURATED: Final = 32
+_MANY_TIMES: Final = 100
+_BUSIEST: Final = 1000
 
 _Key = tuple[tuple[str, str], ...]
 
@@ -26,6 +28,7 @@ class Measured:
     """What a plan touches at most. None: nobody can say.
 
     traffic: share of all calls; also None where a plan touches GPUs only. fleet: GPUs that report.
+    one_of: runs that are active, where the plan is aimed at one of them and at nothing else; else 0.
     """
 
     traffic: float | None
@@ -34,6 +37,7 @@ class Measured:
     tokens_per_min: float | None
     gpus: int = 0
     fleet: int = 0
+    one_of: int = 0
 
     def figures(self) -> dict[str, Any]:
         """For people and the ledger, under stable names."""
@@ -48,6 +52,8 @@ class Measured:
             found["blast_tokens_per_min"] = round(self.tokens_per_min)
         if self.gpus:
             found.update(blast_gpus=self.gpus, blast_fleet=self.fleet)
+        if self.one_of:
+            found["active_runs"] = self.one_of
         return found
 
 
@@ -91,7 +97,11 @@ def measure(
             tenants.update(dict.fromkeys(estate.values("tenant", bound, span_s)))
     usd = sum(c for c in costs if c is not None)
     tokens = sum(u for u in used if u is not None)
-    traffic = min(1.0, touched / max(total, touched)) if touched > 0 else None
+    active = estate.values("run", {}, span_s) if runs else ()
+    if runs and total < _MANY_TIMES * touched:
+        # Little or nothing but runs: what they do together is the traffic. The busiest suffice, the rest makes the share smaller.
+        total = max(total, float(sum(estate.calls({"run": run}, span_s) for run in active[:_BUSIEST])))
+    traffic = touched / max(total, touched) if touched > 0 else None
     return Measured(
         traffic=traffic,
         tenants=None if REST in tenants else len(tenants) + runs,
@@ -99,6 +109,7 @@ def measure(
         tokens_per_min=tokens if used and None not in used else None,
         gpus=gpus,
         fleet=len(estate.gpus({}, gpu_span_s)) if gpus else 0,
+        one_of=len(active) if runs == 1 and len(shares) == 1 and not gpus else 0,
     )
 
 
@@ -151,28 +162,47 @@ def _run_steps(run: str, estate: Estate, span_s: float) -> float:
 
 
 def judge(limit: Blast, seen: Measured) -> Judged:
-    """Every limit must hold, the absolute ones and the shares: so the smaller wins. Unknown is over the limit."""
+    """Every limit must hold, the absolute ones and the shares: so the smaller wins. Unknown is over the limit.
+
+    A share that rounds down to none of few would forbid small estates everything: there one is a person's decision.
+    """
     if seen.traffic is None and not seen.gpus:
         return Judged(False, "unknown: no traffic in scope to measure it on")
+    over = _over(limit, seen) if seen.traffic is not None else ""
+    if over:
+        return Judged(False, over)
+    must_ask = ""
     if seen.traffic is not None and seen.traffic > limit.traffic:
-        return Judged(False, f"{seen.traffic:.0%} of the traffic; the limit is {limit.traffic:.0%}")
-    if limit.tenants is not None and seen.traffic is not None:
+        if not seen.one_of or _share_of(limit.traffic, seen.one_of):
+            return Judged(False, f"{seen.traffic:.0%} of the traffic; the limit is {limit.traffic:.0%}")
+        must_ask = "small_fleet"
+    gpus = _gpus(limit, seen)
+    return Judged(gpus.ok, gpus.detail, gpus.must_ask or must_ask, gpus.values)
+
+
+def _over(limit: Blast, seen: Measured) -> str:
+    """Which absolute limit on calls does not hold, or cannot be told."""
+    if limit.tenants is not None:
         if seen.tenants is None:
-            return Judged(False, "unknown: more tenants than are told apart")
+            return "unknown: more tenants than are told apart"
         if seen.tenants > limit.tenants:
-            return Judged(False, f"{seen.tenants} tenants; the limit is {limit.tenants}")
-    if limit.usd_per_hour is not None and seen.traffic is not None:
+            return f"{seen.tenants} tenants; the limit is {limit.tenants}"
+    if limit.usd_per_hour is not None:
         if seen.usd_per_hour is None:
-            return Judged(False, "unknown: no call told what the touched traffic costs")
+            return "unknown: no call told what the touched traffic costs"
         if seen.usd_per_hour > limit.usd_per_hour:
-            return Judged(False, f"${seen.usd_per_hour:.0f}/h; the limit is ${limit.usd_per_hour:.0f}/h")
-    if limit.tokens_per_min is not None and seen.traffic is not None:
+            return f"${seen.usd_per_hour:.0f}/h; the limit is ${limit.usd_per_hour:.0f}/h"
+    if limit.tokens_per_min is not None:
         if seen.tokens_per_min is None:
-            return Judged(False, "unknown: no call told the tokens of the touched traffic")
+            return "unknown: no call told the tokens of the touched traffic"
         if seen.tokens_per_min > limit.tokens_per_min:
-            text = f"{seen.tokens_per_min:.0f} tokens/min; the limit is {limit.tokens_per_min:.0f}"
-            return Judged(False, text)
-    return _gpus(limit, seen)
+            return f"{seen.tokens_per_min:.0f} tokens/min; the limit is {limit.tokens_per_min:.0f}"
+    return ""
+
+
+def _share_of(share: float, n: int) -> int:
+    """How many of n a share is, rounded down."""
+    return int(share * n + 1e-9)
 
 
 def _gpus(limit: Blast, seen: Measured) -> Judged:
@@ -182,13 +212,12 @@ def _gpus(limit: Blast, seen: Measured) -> Judged:
         return Judged(False, "unknown: no GPU reports, so nobody knows how many there are")
     cap = limit.gpus if limit.gpus is not None else DEFAULT_GPUS
     share = limit.gpu_share if limit.gpu_share is not None else DEFAULT_GPU_SHARE
-    of_fleet = int(share * seen.fleet + 1e-9)
+    of_fleet = _share_of(share, seen.fleet)
     allowed = min(cap, of_fleet)
     values = {"allowed_gpus": allowed}
     if seen.gpus <= allowed:
         return Judged(True, _summary(seen), values=values)
     if of_fleet == 0 and seen.gpus == 1:
-        # A share that rounds down to nothing would forbid small fleets everything; one is a person's decision.
         return Judged(True, _summary(seen), must_ask="small_fleet", values=values)
     text = (
         f"{seen.gpus} of {seen.fleet} GPUs; the limit is the smaller of {cap} and {share:.0%}, so {allowed}"

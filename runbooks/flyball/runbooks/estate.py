@@ -77,6 +77,7 @@ class LiveEstate:
         self._rows_cache: dict[tuple[tuple[str, str], ...], NDArray[np.intp]] = {}
         self._rows_cached = 0
         self._sum_cache: dict[tuple[float, str], Floats] = {}
+        self._active_cache: dict[float, list[str]] = {}
 
     # --- in -------------------------------------------------------------------------------------------------------
 
@@ -99,6 +100,7 @@ class LiveEstate:
         Args:
             now: when they arrived; a time beyond it is a clock that is off. None in a replay.
         """
+        self._active_cache.clear()
         newest = max(self._runs.observe(events, now), self._gpus.observe(events, now))
         alive = math.floor((newest - self._lag_s) / _STEP_S) * _STEP_S
         if alive > self._now:
@@ -108,6 +110,7 @@ class LiveEstate:
     def _drop_old(self) -> None:
         self._spans = [s for s in self._spans if s.end > self._now - self._keep_s]
         self._sum_cache.clear()
+        self._active_cache.clear()
 
     def _columns_of(self, window: Window) -> dict[str, NDArray[Any]]:
         rows = window.cells
@@ -221,6 +224,10 @@ class LiveEstate:
         return self._gpus.reporting(scope, span_s, self._now)
 
     def values(self, label: str, scope: Mapping[str, str], span_s: float) -> Sequence[str]:
+        if label == "run" and not scope:
+            if span_s not in self._active_cache:
+                self._active_cache[span_s] = self._runs.active(self._now - span_s)
+            return self._active_cache[span_s]
         rows = self._rows(scope)
         if rows is None or label not in _POSITION:
             return []
@@ -310,5 +317,6 @@ class LiveEstate:
                 for (name, dtype), raw in zip(_COLUMNS.items(), columns, strict=True)
             }
             self._spans.append(_Span(start, end, read))
+        self._active_cache.clear()
         self._runs.load(saved["runs"])
         self._gpus.load(saved["gpus"])
