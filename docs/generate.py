@@ -9,7 +9,7 @@ import inspect
 import json
 import re
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Union, get_args, get_origin
 
@@ -486,6 +486,7 @@ def runbook_page() -> str:
     from flyball.remediation import actions
     from flyball.runbooks import conditions
     from flyball.runbooks.condition_checks import FUNCTIONS, SCOPE_LABELS
+    from flyball.runbooks.rehearsal import FAULTS, OPTIONS
     from flyball.runbooks.schema import OUTCOMES, RunbookModel
 
     lines = _page(
@@ -534,8 +535,12 @@ def runbook_page() -> str:
         ("function", "what it is", "labels of its scope"),
         ((f"`{name}`", _FUNCTION_MEANING[name], _words(labels)) for name, labels in FUNCTIONS.items()),
     )
-    lines += ["## Words of tests", "", _words(OUTCOMES) + "; `hold(…)` and `refuse(…)` name the reason.", ""]
-    lines += ["## Codes", "", "What `flyball runbook lint` says, beside file, line and column. All but RB117, RB118 and a missing `undo` also keep a runbook from loading.", ""]  # fmt: skip
+    lines += ["## Tests", "", "Words of `expect`: " + _words(OUTCOMES) + "; `hold(…)` and `refuse(…)` name the reason. Faults of `lab`, and arguments that all of them take:", ""]  # fmt: skip
+    lines += _table(
+        ("fault", "argument", "default", "meaning"),
+        [*(row for fault, arguments in FAULTS.items() for row in _arguments(f"`{fault}`", arguments)), *_arguments("all", OPTIONS)],
+    )  # fmt: skip
+    lines += ["## Codes", "", "What `flyball runbook lint` says, beside file, line and column. All but RB117, RB118, RB121, RB122 and a missing `undo` also keep a runbook from loading.", ""]  # fmt: skip
     lines += _table(("code", "what is wrong"), _codes())
     return _finish(lines)
 
@@ -552,6 +557,21 @@ _FUNCTION_MEANING: Final = {
 
 def _words(words: Iterable[str]) -> str:
     return ", ".join(f"`{w}`" for w in words)
+
+
+def _arguments(of: str, arguments: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    if not arguments:
+        yield of, "", "", ""
+    for name, a in arguments.items():
+        default = (
+            "required"
+            if a.default is None
+            else "none"
+            if a.default == "" or a.default is False
+            else f"`{a.default}`"
+        )
+        says = [a.says, f"one of {_words(a.one_of)}" if a.one_of else ""]
+        yield of, f"`{name}`", default, "; ".join(s for s in says if s) or a.kind
 
 
 def _codes() -> list[tuple[str, str]]:

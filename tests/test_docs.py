@@ -35,8 +35,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 SERVES = {("run",), ("demo",), ("lab", "score"), ("runbook", "test")}
 """Commands that do not end by themselves or take long: their options are checked, they are run by other tests."""
 ASKS_A_SERVER = {
-    ("status",), ("incident",), ("dead-letters",), ("doctor",), ("runbook", "explain"), ("runbook", "reset"), ("approve",),
-    ("deny",), ("stop",), ("resume",), ("release",),
+    ("status",), ("incident",), ("dead-letters",), ("doctor",), ("runbook", "explain"), ("runbook", "reset"), ("approve",), ("approvals",), ("stops",),
+    ("deny",), ("stop",), ("resume",), ("release",), ("hook",),
 }  # fmt: skip
 READS_FILES = {("replay",), ("ledger",), ("runbook", "backtest")}
 
@@ -101,9 +101,9 @@ def test_a_command_shown_in_the_docs_is_understood(page: str, command: str, tmp_
     words = shlex.split(command)[1:]
     here = tmp_path / "here"  # a command may write beside the folder it runs in
     here.mkdir()
-    if "runbooks/" in words:
-        (here / "runbooks").mkdir()
-        (here / "runbooks" / "first-steps.yaml").write_text(new_runbook("first-steps"))
+    for folder in (here / word for word in words if word.rstrip("/").endswith("runbooks")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "first-steps.yaml").write_text(new_runbook("first-steps"))
     head = {tuple(words[:1]), tuple(words[:2])}
     if not head & (SERVES | ASKS_A_SERVER | READS_FILES) and "/etc" not in command:
         result = subprocess.run(

@@ -1,6 +1,7 @@
 """What is found in runbooks before they run: everything that loading refuses, and what would load but is not finished.
 
-Beyond the loader's codes: RB116 an operation that does not say how it is taken back, RB117 not tested, RB118 nothing uses it.
+Beyond the loader's codes: RB116 an operation that does not say how it is taken back, RB117 not tested, RB118 a param that nothing uses, RB121 a
+fault that the lab does not have, RB122 an argument that the fault does not take.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Final
 from flyball.core.errors import ConfigError
 from flyball.core.plans import Actions
 from flyball.runbooks.loader import Runbook, check_document, place_of, read_texts
+from flyball.runbooks.rehearsal import parse_scenario
 from flyball.runbooks.yaml_nodes import Document, parse
 
 _USE_OF_PARAM: Final = re.compile(r"\bparams\.([a-z0-9_]+)", re.ASCII)
@@ -57,6 +59,11 @@ def unfinished(runbook: Runbook, document: Document) -> list[ConfigError]:
     elif not any(word.startswith(_SHOWS_RESTRAINT) for word in words):
         what = "no test in which it does not act; add one that expects refuse(…), hold(…) or nothing"
         errors.append(document.error("RB117", what, *document.place(("tests",))))
+    for i, test in enumerate(runbook.model.tests):
+        try:
+            parse_scenario(test.lab)
+        except ConfigError as e:
+            errors.append(document.error(e.code, e.what, *document.place(("tests", i, "lab"))))
     for i, (written, step) in enumerate(zip(runbook.model.steps, runbook.steps, strict=True)):
         if step.implementation.effect == "operation" and written.undo is None:
             what = "nothing says how it is taken back; write `undo: hook`, or `undo: none` and an `approval`"

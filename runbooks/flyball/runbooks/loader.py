@@ -10,6 +10,7 @@ Codes:
     RB115 can never run, or proves nothing         RB116 no way back                    RB119 duration or pattern cannot be read
     RB120 cannot be read from disk
 Found by lint alone (`flyball.runbooks.lint`):     RB117 not tested                     RB118 param that nothing uses
+    RB121 fault that the lab does not have         RB122 argument that the fault does not take
 """
 
 from __future__ import annotations
@@ -136,6 +137,10 @@ def place_of(error: ConfigError) -> tuple[int, int]:
     return int(line), int(column)
 
 
+def _is_name(param: str) -> bool:
+    return _PARAM_NAME.fullmatch(param) is not None and param not in _RESERVED
+
+
 class _TooMany(Exception):
     """More mistakes than anybody reads, and a way to keep the loader busy."""
 
@@ -170,6 +175,7 @@ class _Check:
         calls = self._split_steps(raw)
         model = self._validate(RunbookModel, raw, ())
         if not isinstance(model, RunbookModel):
+            self._read_conditions(raw)
             return None
         self._params = model.params
         self._check_params(model.params)
@@ -199,6 +205,17 @@ class _Check:
             source=self._source,
         )
 
+    def _read_conditions(self, raw: dict[str, Any]) -> None:
+        """Where fields are wrong, looks at the conditions all the same: one round of mending is enough."""
+        params, checks = raw.get("params"), raw.get("preconditions")
+        constants = params.items() if isinstance(params, dict) else ()
+        self._params = {k: v for k, v in constants if isinstance(v, str | int | float) and _is_name(k)}
+        if isinstance(raw.get("when"), str):
+            self._condition(raw["when"], ("when",))
+        for i, entry in enumerate(checks if isinstance(checks, list) else ()):
+            if isinstance(entry, dict) and isinstance(entry.get("check"), str):
+                self._condition(entry["check"], ("preconditions", i, "check"))
+
     def _refuse_empty(self, node: Node, location: Location) -> None:
         """A key without a value says nothing: `tenants:` must not be read as no limit. An action may stand without parameters."""
         if isinstance(node.value, dict):
@@ -216,7 +233,7 @@ class _Check:
 
     def _check_params(self, params: Mapping[str, Any]) -> None:
         for name in params:
-            if not _PARAM_NAME.fullmatch(name) or name in _RESERVED:
+            if not _is_name(name):
                 what = f"param {name[:40]!r} is no name; use lower case letters, digits and _, and no word of CEL"
                 self._say("RB108", what, ("params", name), key=True)
 

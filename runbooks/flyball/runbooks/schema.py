@@ -197,7 +197,7 @@ class Rehearsal(_Strict):
     """One test of a runbook: a fault in the lab, and what must come of it."""
 
     name: str = Field("", max_length=200, description="what it shows")
-    lab: Annotated[str, Field(json_schema_extra={"pattern": _LAB})] = Field(
+    lab: Annotated[str, Field(max_length=300, json_schema_extra={"pattern": _LAB})] = Field(
         description='a fault of the lab, e.g. `outage(provider="b", fails=0.6)`'
     )
     expect: list[Annotated[str, Field(json_schema_extra={"pattern": f"^({EXPECTATION.pattern})$"})]] = Field(
