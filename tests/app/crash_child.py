@@ -2,7 +2,7 @@
 
     python -m tests.app.crash_child DATABASE SCRIPT SNAPSHOT_EVERY_S
 
-The script is a list of steps, each one record of the log: a batch that arrived, or a tick of the clock. How far an earlier life came is
+The script is a list of steps, each one record of the log: a batch that arrived, a tick of the clock, or a person's word. How far an earlier life came is
 read off the log itself, as the sender of an acknowledged batch would know it. After each commit the position goes to standard output.
 """
 
@@ -16,6 +16,7 @@ import msgspec
 from flyball.app.embedded import Embedded
 from flyball.app.logs import configure_logging
 from flyball.app.notify import AlertRouter
+from flyball.app.orders import decode_order
 from flyball.app.pipeline import Pipeline
 from flyball.app.settings import Settings
 from flyball.app.wiring import pipeline_config
@@ -27,11 +28,12 @@ from flyball.runbooks.loader import load_runbooks
 
 
 class Step(msgspec.Struct):
-    """One record: events of a sender, or a tick when `events` is None."""
+    """One record: events of a sender, an order, or a tick when both are None."""
 
     at: float
     sender: str = ""
     events: bytes | None = None
+    order: bytes | None = None
 
     @classmethod
     def of(cls, at: float, sender: str, events: list[Event]) -> Step:
@@ -60,8 +62,8 @@ def settings() -> Settings:
 
 
 def pipeline() -> Pipeline:
-    """As shipped, but the failover may act."""
-    runbooks = load_runbooks([], actions=actions.registry(), mode_override={"provider-failover": "auto"})
+    """As shipped: plans are suggested, and the script's people approve them."""
+    runbooks = load_runbooks([], actions=actions.registry())
     return Pipeline(pipeline_config(settings(), runbooks=runbooks))
 
 
@@ -80,7 +82,9 @@ def play(runtime: Embedded, clock: ScriptClock, steps: list[Step], after: int, *
     """Feeds what is not yet in the log; one commit at a time, so that a kill can fall between any two."""
     for number, step in enumerate(steps[after:], after + 1):
         clock.at = step.at
-        if step.events is None:
+        if step.order is not None:
+            stored = runtime.order(decode_order(step.order))
+        elif step.events is None:
             stored = runtime.tick()
         else:
             stored = runtime.ingest(decode_events(step.events), step.sender, step.at)

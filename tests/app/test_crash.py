@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
 from sqlalchemy import text
 
+from flyball.app.orders import Order, encode_order
 from flyball.app.store.sqlite import open_reader
+from flyball.core.directives import Approval, StopChange
 from flyball.lab.estate import default_estate
 from flyball.lab.faults import ProviderOutage
 from flyball.lab.sim import START_AT, Simulator
@@ -22,17 +25,36 @@ from tests.app.crash_child import ScriptClock, Step, build, pipeline, play
 ROOT = Path(__file__).parents[2]
 
 
-def script(seconds: int = 420) -> list[Step]:
-    """An outage in lab traffic, with ticks: some hundred records that open, act on and resolve an incident.
+PEOPLE: dict[int, list[tuple[Literal["stop", "resume"], str]]] = {
+    60: [("stop", "tenant:t1")],
+    130: [("stop", "all")],
+    170: [("resume", "all"), ("resume", "tenant:t1"), ("resume", "runbook:never-stopped")],
+}
+"""At which second who says what."""
 
-    A pipeline beside it says what the traffic's gateways obey, so that the redirect shows.
+
+def script(seconds: int = 420) -> list[Step]:
+    """An outage in lab traffic, with ticks and people: some hundred records that open, act on and resolve an incident.
+
+    A pipeline beside it says what the traffic's gateways obey, so that the redirect shows, and what waits, so that a person
+    can approve it. Somebody stops Flyball for a tenant, then altogether, and takes it back.
     """
     simulator = Simulator(default_estate(rate=10.0), seed=7)
     governor = pipeline()
     simulator.add_fault(ProviderOutage("a", 0.9, START_AT + 60, START_AT + 150))
-    steps = []
+    steps: list[Step] = []
+
+    def say(order: Order) -> None:
+        steps.append(Step(order.at, order=encode_order(order)))
+        governor.take(order)
+
     for second in range(1, seconds + 1):
         now = START_AT + second
+        for change, scope in PEOPLE.get(second, ()):
+            say(StopChange(change=change, scope=scope, by="ann", at=now))
+        for waiting in governor.waiting():
+            if now - waiting.since > 3.0:
+                say(Approval(waiting=waiting.hash, approve=True, by="ann", at=now))
         for batch in simulator.step(now):
             steps.append(Step.of(batch.received_at or now, batch.sender, list(batch.events)))
             governor.feed(batch)
@@ -50,7 +72,10 @@ def contents(database: Path) -> dict[str, list[Any]]:
         "incidents": "select id, seq, state, root, revision, body from incidents order by seq",
         "incident_changes": "select seq, incident, at, old, new, reason, revision from incident_changes order by seq",
         "ledger": "select seq, key, at, kind, incident, body, hash from ledger order by seq",
-        "directives": "select * from directives order by id",
+        # Not `shown`: what a stop holds back depends on how far the stages were when it came.
+        "directives": "select id, epoch, expires_at, ended_at, change, reason, body from directives order by id",
+        "stops": "select * from stops order by scope",
+        "operations": "select * from operations order by id, verb",
         "outbox": "select id, incident, revision, channel, why, state, body from outbox order by id",
         "meta": "select key, value from meta order by key",
     }
@@ -106,6 +131,9 @@ def test_the_script_leads_to_an_incident_and_a_directive(
     assert found["ledger"]
     assert found["directives"]
     assert found["outbox"]
+    people = [json.loads(body)["kind"] for _, _, _, kind, _, body, _ in found["ledger"] if kind == "person"]
+    assert people[:1] == ["stop"]
+    assert {"approve", "stop", "resume"} <= set(people)
 
 
 def differences(found: dict[str, list[Any]], expected: dict[str, list[Any]]) -> list[str]:
