@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -20,6 +21,13 @@ def free_port() -> int:
         s.bind(("127.0.0.1", 0))
         port: int = s.getsockname()[1]
         return port
+
+
+def answers(port: int) -> bool:
+    """Whether anything listens on this port of loopback."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
+        return True
+    return False
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, deadline_s: float = 90.0) -> None:
@@ -61,7 +69,7 @@ def running(
         stop(process)
 
 
-def stop(process: subprocess.Popen[bytes], deadline_s: float = 20.0) -> int:
+def stop(process: subprocess.Popen[Any], deadline_s: float = 20.0) -> int:
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:

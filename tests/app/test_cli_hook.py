@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.processes import free_port
+from tests.processes import answers, eventually, free_port, stop
 from tests.remediation._hooks import SECRET
 
 ROOT = Path(__file__).parents[2]
@@ -114,3 +115,35 @@ def test_what_is_wrong_is_told_in_one_line(words: list[str], secret: str, code: 
 
 def test_an_action_and_a_target_have_to_be_named_because_they_are_really_carried_out() -> None:
     assert flyball(url()[0]).returncode == 2
+
+
+def test_the_commands_of_the_guide_work_one_after_the_other(tmp_path: Path) -> None:
+    """As they stand in docs/hooks.md, in a shell, but for the port and the folder."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "hooks.md").read_text(), re.S)
+    port = str(free_port())
+    text = [b.replace("9922", port).replace("hook-data", str(tmp_path / "data")) for b in blocks]
+    start, without, with_command = text
+    (tmp_path / "bin").mkdir()
+    for name, words in (("python", ""), ("flyball", "-m flyball.app")):
+        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    environ = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOOK_TAKES_S": "0.05"}
+
+    def shell(script: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", "-c", script], cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True
+        )
+
+    install, export, run = start.strip().splitlines()
+    assert install.startswith("pip install ")
+    receiver = shell(f"{export}\necho $HOOK_SECRET\nexec {run}")
+    try:
+        assert receiver.stdout is not None
+        environ["HOOK_SECRET"] = receiver.stdout.readline().strip()
+        assert eventually(lambda: answers(int(port)), 60, 0.05)
+        out, _ = (first := shell(without)).communicate(timeout=120)
+        assert (first.returncode, out.splitlines()[-1]) == (0, "20 passed, 0 failed, 1 not run")
+    finally:
+        stop(receiver)
+    out, _ = (second := shell(with_command)).communicate(timeout=120)
+    assert (second.returncode, out.splitlines()[-1]) == (0, "21 passed, 0 failed, 0 not run")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 import signal
-import socket
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from flyball.lab.faults import GpuXid, ProviderOutage
 from flyball.lab.sim import START_AT, Simulator
 from tests.app.crash_actions_child import NODE, pipeline
 from tests.app.crash_child import Step
-from tests.processes import eventually, free_port, stop
+from tests.processes import answers, eventually, free_port, stop
 
 ROOT = Path(__file__).parents[2]
 LENGTH_S = 480
@@ -101,16 +100,10 @@ def hook(folder: Path) -> Iterator[str]:
         [sys.executable, "-m", "tests.app.crash_actions_child", "hook", str(port), str(folder / "hook")], cwd=ROOT
     )  # fmt: skip
     try:
-        assert eventually(lambda: _answers(port), 60, 0.02), "the hook does not answer"
+        assert eventually(lambda: answers(port), 60, 0.02), "the hook does not answer"
         yield f"http://127.0.0.1:{port}/"
     finally:
         stop(process)
-
-
-def _answers(port: int) -> bool:
-    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
-        return True
-    return False
 
 
 @dataclass(frozen=True)

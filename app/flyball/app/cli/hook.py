@@ -52,8 +52,13 @@ def conform(
         list[str], typer.Option(help="What it is carried out on: something for tests; may be repeated.")
     ],
     secret: Annotated[
-        str, typer.Option(envvar="HOOK_SECRET", help="The secret that the hook shares with Flyball.")
-    ],
+        str,
+        typer.Option(
+            envvar="HOOK_SECRET",
+            help="The secret that the hook shares with Flyball; better in the variable.",
+            show_default="",
+        ),
+    ] = "",
     params: Annotated[str, typer.Option(help="Parameters of the action, as JSON.")] = "{}",
     command: Annotated[
         str,
@@ -88,6 +93,8 @@ def conform(
     from flyball.remediation.http_guard import HttpUrl
     from flyball.remediation.signing import SigningSecret
 
+    if not secret:
+        raise ConfigError("there is no secret to sign with; set HOOK_SECRET, or give --secret")
     try:
         key: SecretStr = TypeAdapter(SigningSecret).validate_python(secret)
     except ValidationError as e:
