@@ -28,6 +28,7 @@ from flyball.remediation.verify import (
     measure,
     shifted,
     source_health,
+    stood_still,
     whole,
 )
 
@@ -91,11 +92,15 @@ class Measured:
     def in_force(self, stage: Stage, step: PlanStep, estate: Estate) -> Answer:
         """By the report of an enforcement point, else by the shift of traffic that a redirect makes. Of a limit, a cap or a
         block only a report tells: traffic may fall by itself. An operation is as its hook says."""
+        before = stage.before.get("share", 0.0)
+        if step.kind == "redirect" and stood_still(
+            step, stage.index, before, estate, stage.stage_at, self.settings
+        ):
+            return "no"  # a point that reports and does nothing is no proof
         if stage.in_force or stage.reported_at is not None or step.kind == "operation":
             return "yes"
         if step.kind != "redirect":
             return "unknown"
-        before = stage.before.get("share", 0.0)
         return shifted(step, stage.index, before, estate, stage.stage_at, self.settings)
 
     def judged(self, stage: Stage, step: PlanStep, estate: Estate, in_force: Answer) -> Judgement | None:

@@ -249,3 +249,21 @@ def shifted(
     if calls < step.verify.min_calls:
         return "unknown"
     return "yes" if now_share <= before * (1.0 - wanted / 2.0) else "no"
+
+
+def stood_still(
+    step: PlanStep, stage: int, before: float, estate: Estate, since: float, settings: VerifySettings
+) -> bool:
+    """Whether surely nothing moved, whatever a point reports: of a share of half or more, not even a fifth of it went.
+
+    Of smaller shares traffic alone cannot tell: retries of a failing source raise its share while calls leave it.
+    """
+    span = estate.now() - since - settings.settle_s
+    wanted = step.stages[stage].get("share")
+    if span < settings.window_s or not isinstance(wanted, float) or wanted < 0.5 or before <= 0.0:
+        return False
+    now_share, calls = share_at(step, estate, span)
+    if calls < max(step.verify.min_calls, 1):
+        return False
+    spread = math.sqrt(before * (1.0 - before) / calls)
+    return now_share > before * (1.0 - wanted / 5.0) + 2.0 * spread

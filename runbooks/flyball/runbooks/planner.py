@@ -43,6 +43,7 @@ from flyball.runbooks.standing import (
     Standing,
     cooldown_keys,
     effort_keys,
+    key_of,
     move_of,
 )
 
@@ -232,6 +233,11 @@ class Planner:
         for key in cooldown_keys(plan):
             s.ended[key] = max(s.ended.get(key, at), at)
         self._moved(plan, at)
+        if running.failed:
+            # What traffic was sent to in vain is left alone for a while: its trouble may well be ours.
+            for step in plan.steps:
+                if move_of(step) is not None:
+                    s.ended[key_of(step.target)] = max(s.ended.get(key_of(step.target), at), at)
         case = s.cases.get(plan.incident, {}).get(plan.runbook)
         if case is not None and case.running == plan.plan_hash:
             case.running = ""
