@@ -74,6 +74,8 @@ class NodeState:
         busy = float(np.clip(load + 0.05 * rng.standard_normal(), 0.0, 1.0))
         if rng.random() < 0.15 * step_s / DAY_S / node.gpus:
             self._last_xid[i] = float(IGNORABLE_XID)
+        if self._last_xid[i] != float(IGNORABLE_XID) and not any(isinstance(f, GpuXid) for f in faults):
+            self._last_xid[i] = 0.0  # the fault is over: the GPU was reset
         for fault in faults:
             if isinstance(fault, GpuXid):
                 self._last_xid[i], fallen = float(fault.xid), fault.xid == 79

@@ -9,10 +9,9 @@ of a loop, one sample of a GPU). The bar of the delay counts from there, as one 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from flyball.core.incident import Incident
 from flyball.lab._draws import mix_int, uniform_int
 from flyball.lab.estate import default_estate
 from flyball.lab.faults import Truth
+from flyball.lab.rows import Row, Table, at_least, at_most, run_all, told
 from flyball.lab.scenario import GovernorFactory, Lab
 from flyball.lab.sim import START_AT
 
@@ -192,32 +192,11 @@ def _described(i: Incident, at: float) -> str:
     return f"{at:.0f}s {i.root} {i.signal} {i.klass} {i.severity.sev} page={i.page}"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table. `ratio` is value / baseline where there is a baseline; `bar` is what `holds` was held to."""
-
-    name: str
-    value: float | None
-    unit: str
-    baseline: float | None
-    ratio: float | None
-    bar: float | None
-    holds: bool | None
-
-
 @dataclass
-class ScoreTable:
+class ScoreTable(Table):
     """The rows, what was simulated, and every single result behind them."""
 
-    rows: list[Row]
     results: list[Result]
-    simulated: str
-
-    def as_dicts(self) -> list[dict[str, Any]]:
-        return [asdict(r) for r in self.rows]
-
-    def holds(self) -> bool:
-        return all(r.holds is not False for r in self.rows)
 
 
 def jobs(
@@ -266,19 +245,11 @@ def score(
         raise ConfigError("several processes need the governor as module:function", where="lab score")
     todo = jobs(governor, seeds, faults, days, fault_rate=fault_rate, quiet_rate=quiet_rate)
     results = []
-    for done, result in enumerate(_run_all(todo, processes), start=1):
+    for done, result in enumerate(run_all(run_job, todo, processes), start=1):
         results.append(result)
         if progress is not None:
             progress(done, len(todo), result)
     return table(results)
-
-
-def _run_all(todo: Sequence[Job], processes: int) -> Iterator[Result]:
-    if processes <= 1:
-        yield from map(run_job, todo)
-        return
-    with ProcessPoolExecutor(max_workers=processes) as pool:
-        yield from pool.map(run_job, todo)
 
 
 def table(results: Sequence[Result]) -> ScoreTable:
@@ -291,24 +262,18 @@ def table(results: Sequence[Result]) -> ScoreTable:
         rows += _fault_rows(fault, found)
     quiet = [r for r in results if not r.fault]
     if quiet:
-        rows.append(_at_most("lab.quiet.false_pages", sum(r.other_pages for r in quiet), "pages", 0.0))
-        rows.append(_at_most("lab.quiet.directives", sum(r.directives for r in quiet), "directives", 0.0))
+        rows.append(at_most("lab.quiet.false_pages", sum(r.other_pages for r in quiet), "pages", 0.0))
+        rows.append(at_most("lab.quiet.directives", sum(r.directives for r in quiet), "directives", 0.0))
         days = sum(r.seconds for r in quiet) / DAY_S
         unpaged = sum(r.incidents - r.other_pages for r in quiet) / days
-        rows.append(
-            Row("lab.quiet.incidents_without_page", round(unpaged, 2), "per day", None, None, None, None)
-        )
-        rows.append(
-            Row(
-                "lab.quiet.days", round(sum(r.seconds for r in quiet) / DAY_S, 3), "d", None, None, None, None
-            )
-        )
+        rows.append(told("lab.quiet.incidents_without_page", round(unpaged, 2), "per day"))
+        rows.append(told("lab.quiet.days", round(sum(r.seconds for r in quiet) / DAY_S, 3), "d"))
     hours = sum(r.seconds for r in results if r.fault) / 3600
     simulated = (
         f"{sum(1 for r in results if r.fault)} faults ({len(by_fault)} kinds, {hours:.1f} h) and {len(quiet)} quiet days; "
         f"{sum(r.calls for r in results):,} calls, {sum(r.events for r in results):,} events"
     )
-    return ScoreTable(rows, list(results), simulated)
+    return ScoreTable(rows, simulated, list(results))
 
 
 def _fault_rows(fault: str, found: Sequence[Result]) -> list[Row]:
@@ -318,25 +283,17 @@ def _fault_rows(fault: str, found: Sequence[Result]) -> list[Row]:
     firsts = [r.from_first_s for r in found if r.from_first_s is not None]
     name = f"lab.{fault}"
     return [
-        _at_least(f"{name}.detected", _share(found, lambda r: r.detected), "ratio", 1.0),
-        _at_most(f"{name}.delay_max", max(delays, default=None), "s", bar),
-        Row(f"{name}.delay_p50", _median(delays), "s", None, None, None, None),
-        Row(f"{name}.delay_from_first_p50", _median(firsts), "s", None, None, None, None),
-        _at_least(f"{name}.root_right", _share(found, lambda r: r.root_right), "ratio", 1.0),
-        Row(f"{name}.class_right", _share(found, lambda r: r.class_right), "ratio", None, None, None, None),
-        _at_least(f"{name}.one_page", _share(found, lambda r: r.pages_least <= r.pages <= 1), "ratio", 1.0),
-        _at_most(
+        at_least(f"{name}.detected", _share(found, lambda r: r.detected), "ratio", 1.0),
+        at_most(f"{name}.delay_max", max(delays, default=None), "s", bar),
+        told(f"{name}.delay_p50", _median(delays), "s"),
+        told(f"{name}.delay_from_first_p50", _median(firsts), "s"),
+        at_least(f"{name}.root_right", _share(found, lambda r: r.root_right), "ratio", 1.0),
+        told(f"{name}.class_right", _share(found, lambda r: r.class_right), "ratio"),
+        at_least(f"{name}.one_page", _share(found, lambda r: r.pages_least <= r.pages <= 1), "ratio", 1.0),
+        at_most(
             f"{name}.other_pages", float(sum(r.other_pages + r.early_pages for r in found)), "pages", 0.0
         ),
-        Row(
-            f"{name}.directives",
-            float(sum(r.directives for r in found)),
-            "directives",
-            None,
-            None,
-            None,
-            None,
-        ),
+        told(f"{name}.directives", float(sum(r.directives for r in found)), "directives"),
     ]
 
 
@@ -346,12 +303,3 @@ def _share(results: Sequence[Result], holds: Callable[[Result], bool]) -> float:
 
 def _median(values: Sequence[float]) -> float | None:
     return round(float(np.median(values)), 2) if values else None
-
-
-def _at_most(name: str, value: float | None, unit: str, bar: float) -> Row:
-    shown = None if value is None else round(value, 2)
-    return Row(name, shown, unit, None, None, bar, value is not None and value <= bar)
-
-
-def _at_least(name: str, value: float, unit: str, bar: float) -> Row:
-    return Row(name, value, unit, None, None, bar, value >= bar)
