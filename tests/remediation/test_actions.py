@@ -119,6 +119,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("limit", {"usd_per_hour": 5, "scope": ["tenant"]}, "a scope is $incident.root or labels"),
     ("limit", {"usd_per_hour": 5, "for": "20s"}, "at least 30s"),
     ("limit", {"usd_per_hour": 5, "for": "2m", "lease": "5m"}, "at most as long as `for`"),
+    ("limit", {"usd_per_hour": 5, "for": "9d", "lease": "8d"}, "at most 24h"),
     ("limit", {"usd_per_hour": 5, "usd_per_day": 5}, "Extra inputs"),
     ("cap", {}, "cap needs output_tokens, model or both"),
     ("cap", {"output_tokens": 0}, "greater than or equal to 1"),

@@ -163,6 +163,7 @@ def test_calls_go_where_every_deployment_fits() -> None:
     named = groups(alternates={"fine": ["cheap-azure"]}, fallbacks=[{"fine": ["fine-azure"]}])
     assert named.target("fine", to_azure) == "cheap-azure", "the setting comes first"
     assert groups(alternates={"fine": ["mixed", "gone"]}).target("fine", to_azure) == "fine-azure"
+    assert groups(alternates={"fine": ["anthropic/*"]}).target("fine", {"provider": "anthropic"}) == ""
     assert groups().target("fine", {"tenant": "t9"}) == ""
     assert groups().target("fine", {}) == ""
 

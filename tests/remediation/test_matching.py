@@ -172,6 +172,7 @@ def test_exempt_scopes_are_left_alone_wherever_the_call_goes() -> None:
         ("limit", {"requests_per_min": True}),
         ("limit", {"requests_per_min": float("nan")}),
         ("limit", {"requests_per_min": float("inf")}),
+        ("limit", {"requests_per_min": 5e-324}),
         ("limit", {"requests_per_hour": 1}),
         ("cap", {"output_tokens": 0}),
         ("cap", {"output_tokens": "9"}),

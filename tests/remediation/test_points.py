@@ -350,6 +350,70 @@ def test_many_threads_lose_no_count() -> None:
     assert json.loads(server.asked[-1].content)["directives"] == {"DIR-1": 2000, "DIR-2": 1999}
 
 
+@pytest.mark.parametrize(
+    "expires_at", ["Infinity", "-Infinity", "NaN", "true", '"soon"', "null", "1700000060000"]
+)
+def test_a_lease_without_an_end_is_no_lease(expires_at: str) -> None:
+    body = (
+        '[{"id": "x", "kind": "block", "scope": {"provider": "b"}, "params": {}, "expires_at": '
+        + expires_at
+        + "}]"
+    )
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=body))
+    point = PointClient("http://flyball", clock=Clock(), transport=transport)
+    point.poll()
+    assert point.live() == []
+
+
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(("t1", "a", "m", 10**400, -(10**400)))
+)
+values = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=8) | st.sampled_from(("to", "provider")), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+odd_params = st.dictionaries(
+    st.sampled_from(("to", "share", "requests_per_min", "usd_per_hour", "output_tokens", "model", "reason")),
+    values,
+    max_size=4,
+)
+odd_directives = st.fixed_dictionaries(
+    {
+        "id": st.text(max_size=6), "kind": st.sampled_from(("redirect", "limit", "cap", "block", "other")),
+        "scope": st.dictionaries(st.sampled_from(("tenant", "provider")), st.sampled_from(("t1", "a")), max_size=2),
+        "params": odd_params, "expires_at": st.floats() | st.just(NOW + 60.0) | st.just(10**400),
+    },
+    optional={"epoch": values, "exempt": values},
+)  # fmt: skip
+
+
+@given(st.lists(odd_directives | values, max_size=5))
+def test_whatever_the_server_says_calls_go_on(listed: list[Any]) -> None:
+    clock = Clock()
+    body = json.dumps(listed)
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=body))
+    point = PointClient("http://flyball", clock=clock, transport=transport)
+    point.poll()
+    call = {"tenant": "t1", "provider": "a", "model": "m"}
+    for i in range(3):
+        effect = point.apply(call, f"s{i}")
+        point.charge(effect, tokens=1e9, usd=1e9)
+        assert effect.status in (0, 403, 429)
+        assert all(isinstance(v, str) for v in effect.labels.values())
+    assert point.apply({"tenant": "t2", "provider": "c", "model": "m"}, "s").applied == ()
+    clock.at = NOW + 8 * 86400.0
+    assert point.live() == []
+
+
 def test_nonsense_from_the_server_is_not_obeyed() -> None:
     server, clock = Server(), Clock()
     point = client(server, clock)

@@ -29,6 +29,7 @@ MEASURE_S: Final = 60.0
 """What "now" is in `50%` of what flows now."""
 MAX_STAGES: Final = 10
 MIN_LEASE_S: Final = 30.0
+MAX_LEASE_S: Final = 86400.0
 _MAX_NAME: Final = 512
 
 
@@ -44,7 +45,7 @@ class LeaseParams(ActionParams):
     hold: DurationS = Field(1800.0, alias="for", description="how long it may last in all")
     lease: DurationS = Field(
         300.0,
-        description="how long it lasts by itself, should Flyball be dead; renewed; at most as long as `for`",
+        description="how long it lasts by itself, should Flyball be dead; renewed; at most `for`, and a day",
     )
 
     @model_validator(mode="after")
@@ -53,6 +54,8 @@ class LeaseParams(ActionParams):
             raise ValueError("`for` must be at least 30s: points hear of a lease within seconds, not at once")
         if "lease" in self.model_fields_set and not MIN_LEASE_S <= self.lease <= self.hold:
             raise ValueError("lease must be at least 30s and at most as long as `for`")
+        if self.lease > MAX_LEASE_S:
+            raise ValueError("lease must be at most 24h: it is what stays in force when Flyball is dead")
         return self
 
     @property

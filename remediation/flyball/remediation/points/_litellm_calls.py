@@ -219,7 +219,13 @@ class Groups:
         candidates: list[str] = [*named, *alike]
         for candidate in candidates:
             there = self._groups.get(candidate, [])
-            if there and candidate != own and all(_fits(d, wanted, candidate) for d in there):
+            # A wildcard is no name that a call could be sent to.
+            if (
+                there
+                and candidate != own
+                and "*" not in candidate
+                and all(_fits(d, wanted, candidate) for d in there)
+            ):
                 return candidate
         return ""
 

@@ -26,13 +26,15 @@ from typing import Any, Final, Literal, Protocol, TypeGuard
 import httpx
 
 from flyball.remediation.points.buckets import Buckets
-from flyball.remediation.points.matching import KINDS, Effect, Index, Reachable, apply
+from flyball.remediation.points.matching import KINDS, Effect, Index, Reachable, apply, is_number
 
 Polled = Literal["changed", "unchanged", "unreachable"]
 REPORT_EVERY_S: Final = 1.5
 """At most so long after a call was blocked, limited, capped or redirected the server hears of it."""
 HEARTBEAT_S: Final = 15.0
 """How often a point that holds leases says so when nothing is new."""
+MAX_LEASE_S: Final = 7 * 86400.0
+"""What would last longer is a mistake (milliseconds, say), and not obeyed."""
 _MAX_SET: Final = 10_000
 _MAX_BACKOFF_S: Final = 5.0
 _log = logging.getLogger("flyball.point")
@@ -368,11 +370,13 @@ def _lease(raw: Any, skew_s: float, now: float, monotonic: float) -> Lease | Non
     expires_at, epoch, exempt = raw.get("expires_at"), raw.get("epoch", 1), raw.get("exempt") or []
     if not (isinstance(identity, str) and isinstance(kind, str) and isinstance(params, dict)):
         return None
-    if not isinstance(expires_at, int | float) or isinstance(expires_at, bool) or not isinstance(epoch, int):
+    if not is_number(expires_at) or not isinstance(epoch, int):
         return None
     if not _is_scope(scope) or not isinstance(exempt, list) or not all(_is_scope(e) for e in exempt):
         return None  # without its exemptions it would apply to those who are exempt
     ours = float(expires_at) - skew_s
+    if not ours - now < MAX_LEASE_S:
+        return None  # without an end in sight it is no lease
     return Lease(
         identity,
         kind,

@@ -39,6 +39,9 @@ DEFAULT_URL: Final = "http://127.0.0.1:4390"
 _log = logging.getLogger("flyball.point")
 
 
+T = TypeVar("T")
+
+
 class Guard(CustomLogger):  # type: ignore[misc]  # LiteLLM is no dependency of ours: it is there where this runs
     """What the proxy calls. One per process; after a fork it starts anew, because threads do not survive one."""
 
@@ -55,6 +58,7 @@ class Guard(CustomLogger):  # type: ignore[misc]  # LiteLLM is no dependency of 
         self._share = _share("FLYBALL_POINT_LIMIT_SHARE", environ)
         self._lock = threading.Lock()
         self._groups: tuple[int, Groups] | None = None
+        self._faults: set[str] = set()
         self._pid = -1
         self._obeyer = self._started()
 
@@ -94,12 +98,23 @@ class Guard(CustomLogger):  # type: ignore[misc]  # LiteLLM is no dependency of 
             self._groups = (key, made)
         return self._groups[1]
 
+    def _guarded(self, what: Callable[[], T], otherwise: T) -> T:
+        """A request of a shape that nobody foresaw goes on untouched: a guard must not be what breaks calls."""
+        try:
+            return what()
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            fault = type(e).__name__
+            if fault not in self._faults:  # told once, not for every call
+                self._faults.add(fault)
+                _log.exception("point.not_understood")
+            return otherwise
+
     # --- what the proxy calls -------------------------------------------------------------------------------------
 
     async def async_pre_call_hook(
         self, user_api_key_dict: Any, cache: Any, data: dict[str, Any], call_type: str
     ) -> dict[str, Any]:
-        refusal = _guarded(lambda: self._here().obey(data, call_type), None)
+        refusal = self._guarded(lambda: self._here().obey(data, call_type), None)
         if refusal is not None:
             headers = (
                 {"retry-after": f"{refusal.retry_after_s:.0f}"} if refusal.retry_after_s >= 0.5 else None
@@ -116,7 +131,7 @@ class Guard(CustomLogger):  # type: ignore[misc]  # LiteLLM is no dependency of 
         parent_otel_span: Any = None,
     ) -> list[Any]:
         call_id = str((request_kwargs or {}).get("litellm_call_id") or "")
-        return _guarded(lambda: self._here().among(call_id, healthy_deployments), healthy_deployments)
+        return self._guarded(lambda: self._here().among(call_id, healthy_deployments), healthy_deployments)
 
     async def async_log_success_event(
         self, kwargs: dict[str, Any], response_obj: Any, start_time: Any, end_time: Any
@@ -137,18 +152,6 @@ class Guard(CustomLogger):  # type: ignore[misc]  # LiteLLM is no dependency of 
     ) -> None:
         """Once for a call that failed in the end, whatever fallbacks were tried before."""
         self._here().charge(str(request_data.get("litellm_call_id") or ""), 0, 0.0)
-
-
-T = TypeVar("T")
-
-
-def _guarded(what: Callable[[], T], otherwise: T) -> T:
-    """A request of a shape that nobody foresaw goes on untouched: a guard must not be what breaks calls."""
-    try:
-        return what()
-    except (AttributeError, KeyError, TypeError, ValueError):
-        _log.exception("point.not_understood")
-        return otherwise
 
 
 def _provider_of(params: Mapping[str, Any]) -> tuple[str, str]:

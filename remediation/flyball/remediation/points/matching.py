@@ -11,11 +11,13 @@ import hashlib
 import math
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeGuard
 
 KINDS: Final = frozenset({"block", "limit", "redirect", "cap"})
 LIMITS: Final = ("requests_per_min", "tokens_per_min", "usd_per_hour")
 """Params of a limit, in the order in which they are judged."""
+_LEAST: Final = 1e-6
+_LONGEST_WAIT_S: Final = 3600.0
 BLOCKED, LIMITED = 403, 429
 _WORDS: Final = {
     "requests_per_min": "requests per minute",
@@ -217,6 +219,7 @@ def _limited(
     over: tuple[str, str, float], limits: Sequence[DirectiveLike], labels: Mapping[str, str]
 ) -> Effect:
     identity, name, wait_s = over
+    wait_s = min(wait_s, _LONGEST_WAIT_S)
     scope = next((d.scope for d in limits if d.id == identity), {})
     text = (
         f"stopped by directive {identity}: {_scope_text(scope)} is over its limit of {_WORDS[name]};"
@@ -248,9 +251,14 @@ def limits_of(params: Mapping[str, Any]) -> dict[str, float]:
     found = {}
     for name in LIMITS:
         value = params.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0.0 < value < math.inf:
+        if is_number(value) and value >= _LEAST:
             found[name] = float(value)
     return found
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether JSON gave a number that can be reckoned with: neither yes or no, nor endless, nor of 400 digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e15 < value < 1e15
 
 
 def _is_charged(params: Mapping[str, Any]) -> bool:
@@ -262,7 +270,7 @@ def _redirect(effect: Effect, found: Sequence[DirectiveLike], key: str, reachabl
         if d.kind != "redirect":
             continue
         to, share = d.params.get("to"), d.params.get("share", 1.0)
-        if not isinstance(to, Mapping) or not to or not isinstance(share, int | float):
+        if not isinstance(to, Mapping) or not to or not is_number(share):
             continue
         if not chosen(d.id, float(share), key):
             continue
