@@ -142,6 +142,8 @@ def serve_hook(port: int, folder: Path) -> None:
             return good == given.get("webhook-signature")
 
         def take(self, order: dict[str, Any]) -> dict[str, Any]:
+            with (folder / "asked.log").open("a") as log:
+                print(order["operation_id"], order["verb"], order["attempt"], order["dry_run"], file=log)
             # Slow enough to be killed in between: before the order is written down, and before it is answered.
             time.sleep(0.02)
             answer: dict[str, Any] = super().take({**order, "deadline": time.time() + 60})
