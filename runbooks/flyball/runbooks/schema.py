@@ -272,7 +272,8 @@ class RunbookModel(_Strict):
     )
     on_failure: Literal["undo_and_page", "undo", "page"] = Field(
         "undo_and_page",
-        description="when a step fails or cannot be verified: take back what was done, wake somebody, or both",
+        description="when a step fails or cannot be verified: `undo` takes back what was done, `page` tells people and leaves "
+        "what was only not proved until it expires, `undo_and_page` takes it back and tells people",
     )
     tests: Annotated[list[Rehearsal], Field(max_length=50)] = Field(
         [], description="faults of the lab and what must come of each; `flyball runbook test` plays them"

@@ -28,10 +28,12 @@ def new(
 
     Examples:
 
-      flyball runbook new slow-provider
+      flyball runbook new my-failover
 
-      flyball runbook new slow-provider --folder more-runbooks
+      flyball runbook new my-failover --folder more-runbooks
     """
+    from flyball.remediation.actions import registry
+    from flyball.runbooks.loader import library
     from flyball.runbooks.template import new_runbook
 
     text = new_runbook(name)
@@ -44,6 +46,8 @@ def new(
     except OSError as e:
         raise ConfigError(f"cannot be written ({e.strerror}); name another folder", where=str(path)) from e
     print(f"wrote {path}")
+    if name in library(actions=registry()).by_name:
+        print(f"note: it replaces the shipped runbook {name}", file=sys.stderr)
     print(f"look it over with `flyball runbook lint {path}`", file=sys.stderr)
 
 
