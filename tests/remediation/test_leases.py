@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import msgspec
+import pytest
+
 from flyball.remediation.leases import Leases, directive_id
 from tests.remediation.test_executor import plan
 
@@ -48,3 +51,25 @@ def test_leases_expire_in_the_order_of_their_time() -> None:
         leases.grant(p, p.steps[0], NOW, "x")
     assert leases.expire(NOW + 99.0) == []
     assert [c.at for c in leases.expire(NOW + 500.0)] == [NOW + 100.0, NOW + 200.0]
+
+
+def test_who_is_left_out_is_part_of_the_lease_and_changes_only_by_a_renewal() -> None:
+    leases, p = Leases(), plan(NOW)
+    granted = leases.grant(p, p.steps[0], NOW, "x", ({"tenant": "t1"},)).directive
+    assert granted.exempt == ({"tenant": "t1"},)
+    kept = leases.renew(granted.id, NOW, NOW + 10.0, "x").directive
+    changed = leases.renew(granted.id, NOW, NOW, "x", exempt=()).directive
+    assert (kept.exempt, changed.exempt, changed.epoch) == (({"tenant": "t1"},), (), 3)
+
+
+def test_an_expiry_raises_the_epoch_like_every_change() -> None:
+    leases, p = Leases(), plan(NOW)
+    leases.grant(p, p.steps[0], NOW, "x")
+    assert [c.directive.epoch for c in leases.expire(NOW + 500.0)] == [2]
+
+
+def test_a_lease_never_has_an_empty_scope() -> None:
+    p = plan(NOW)
+    empty = msgspec.structs.replace(p.steps[0], scope={"provider": ""})
+    with pytest.raises(ValueError, match="an empty scope is never all"):
+        Leases().grant(p, empty, NOW, "x")
