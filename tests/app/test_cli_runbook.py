@@ -38,8 +38,8 @@ def test_new_writes_a_commented_tested_runbook_that_lints_clean(first: Path) -> 
 
 
 def test_new_says_that_it_replaces_a_shipped_one(tmp_path: Path) -> None:
-    assert "replaces" in run("new", "provider-failover", "--folder", str(tmp_path))[2]
-    assert "replaces" not in run("new", "my-failover", "--folder", str(tmp_path))[2]
+    assert "note: it replaces" in run("new", "provider-failover", "--folder", str(tmp_path))[2]
+    assert "note: it" not in run("new", "my-failover", "--folder", str(tmp_path))[2]
 
 
 def test_new_overwrites_nothing_unless_told(first: Path) -> None:
