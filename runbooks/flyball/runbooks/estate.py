@@ -32,11 +32,11 @@ _NOT_TRIED: Final = sorted(CLASS_INDEX[c] for c in NOT_ATTEMPTS)
 _POSITION: Final = {name: i for i, name in enumerate(BASE_LABELS)}
 
 _COLUMNS: Final[dict[str, Any]] = {
-    "cell": np.int32, "calls": np.int32, "tried": np.int32, "bad": np.int32, "usd": np.float64, "usd_known": np.int32,
-    "tokens": np.float64, "tokens_known": np.int32, "latency": np.float32, "latency_known": np.int32,
+    "cell": np.int32, "calls": np.int32, "tried": np.int32, "bad": np.int32, "usd": np.float32, "usd_known": np.bool_,
+    "tokens": np.float32, "tokens_known": np.bool_, "latency": np.float32, "latency_known": np.int32,
 }  # fmt: skip
-"""Columns of one window over its cells. `cell` indexes the table of cells; the others are counts and sums. Sums of tokens and cost
-are exact; a mean latency needs no more than 32 bits."""
+"""Columns of one window over its cells. `cell` indexes the table of cells; the others are counts and sums, of which 32 bits keep
+seven digits: more than any guard needs."""
 
 
 @dataclass(slots=True)
@@ -51,7 +51,7 @@ class _Span:
 class LiveEstate:
     """Answers `core.estate.Estate` from the windows of the last `keep_s` seconds of event time, and from what is observed beside.
 
-    Memory: 52 bytes per cell and window, plus the table of the cells seen within the span (36 bytes and its strings each), plus the
+    Memory: 34 bytes per cell and window, plus the table of the cells seen within the span (36 bytes and its strings each), plus the
     activity of runs and the list of GPUs, both bounded. Questions over one span share their sums: after the first, a question costs
     one pass over the cells, however many windows the span has.
     A label that is not one of BASE_LABELS (`key`) selects nothing: no data, which is never success.
@@ -121,9 +121,9 @@ class LiveEstate:
             "tried": tried,
             "bad": rows.by_class[:, _BAD].sum(axis=1),
             "usd": rows.sums["cost_usd"],
-            "usd_known": rows.counts["cost_usd"],
+            "usd_known": rows.counts["cost_usd"] > 0,
             "tokens": rows.sums["input_tokens"] + rows.sums["output_tokens"],
-            "tokens_known": np.maximum(rows.counts["input_tokens"], rows.counts["output_tokens"]),
+            "tokens_known": (rows.counts["input_tokens"] > 0) | (rows.counts["output_tokens"] > 0),
             "latency": rows.sums["latency_s"],
             "latency_known": rows.counts["latency_s"],
         }
