@@ -15,6 +15,7 @@ import pytest
 from flyball.core.directives import Directive
 from flyball.remediation.points import chosen
 from flyball.remediation.points._litellm_calls import RULES
+from flyball.remediation.points.matching import LIMITS
 from tests.peers.upstream import Governor, Upstream, serving
 from tests.processes import eventually, free_port, running
 
@@ -112,3 +113,4 @@ def test_every_variable_of_the_guard_is_told() -> None:
 def test_the_kinds_of_directives_and_the_labels_are_told() -> None:
     assert set(re.findall(r"^\| `([a-z]+)` \|", PAGE, re.M)) == {"redirect", "cap", "limit", "block"}
     assert set(RULES) >= {"tenant", "app", "run"}
+    assert all(f"`{name}`" in PAGE for name in (*LIMITS, "output_tokens", "model", "to", "share", "reason"))
