@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from flyball.core.errors import ConfigError
 from flyball.remediation.hooks.conformance import names, run
 from flyball.remediation.hooks.kit import Check, HookNotReached, Trial
+from flyball.remediation.signing import signed_headers
 from tests.processes import free_port
-from tests.remediation._hooks import SECRET
+from tests.remediation._hooks import OTHER_SECRET, SECRET
 
 
 def example() -> Any:
@@ -197,7 +201,8 @@ def test_the_example_passes_all_that_can_be_tried_without_killing_it(tmp_path: P
         checks = run(t)
     assert [c.name for c in checks] == names()
     assert {c.name: c.why for c in checks if c.result != "passed"} == {
-        "crash": "needs --command: the kit has to kill and start the receiver itself"
+        "crash": "needs --command: the kit has to kill and start the receiver itself",
+        "callback": "needs --listen: the receiver has to tell the kit as it would tell Flyball",
     }
     assert (tmp_path / "nodes" / "node-1").read_text() == "ready"
 
@@ -233,6 +238,32 @@ def test_a_broken_receiver_fails_the_check_of_what_is_broken(
 ) -> None:
     with serving(tmp_path, kind) as t:
         assert failed(run(t, sorted(finds | CONTROLS))) == finds
+
+
+Told = tuple[str, dict[str, str], bytes]
+
+
+@pytest.mark.parametrize(
+    ("secret", "says"),
+    [
+        pytest.param(SECRET, "", id="signed"),
+        pytest.param(OTHER_SECRET, "not believed", id="signed with another secret"),
+        pytest.param(None, "came nothing", id="not told"),
+    ],
+)
+def test_a_callback_has_to_be_signed(secret: SecretStr | None, says: str, tmp_path: Path) -> None:
+    told: list[Told] = []
+
+    class Tells(Good):
+        def tell(self, id: str, verb: str) -> None:
+            body = json.dumps(self.answer(id, verb))
+            if secret is not None:
+                headers = signed_headers([secret], f"{id}.{verb}.ended", body, time.time())
+                told.append((f"/v1/operations/{id}", headers, body.encode()))
+
+    with serving(tmp_path, Tells) as t:
+        (check,) = run(replace(t, heard=lambda: list(told), wait_s=1.0), ["callback"])
+    assert (check.result == "passed", says in check.why) == (not says, True), check
 
 
 def test_what_a_check_sent_expected_and_got_is_told(tmp_path: Path) -> None:

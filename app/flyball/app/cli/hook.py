@@ -9,9 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
@@ -23,7 +25,10 @@ from flyball.core.errors import ConfigError
 if TYPE_CHECKING:
     from flyball.remediation.hooks.kit import Check
 
+Callback = tuple[str, dict[str, str], bytes]
+
 _UP_WITHIN_S = 30.0
+_CALLBACK_BYTES = 256 * 1024
 
 
 def add_to(app: typer.Typer) -> None:
@@ -66,6 +71,15 @@ def conform(
             help="Command that starts the receiver: the kit starts it, kills it and starts it again."
         ),
     ] = "",
+    listen: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Port on loopback at which the receiver's callbacks are awaited, as if Flyball were there.",
+            show_default="",
+        ),
+    ] = 0,
     only: Annotated[
         list[str] | None, typer.Option(help="Only this check; may be repeated.", show_default="all")
     ] = None,
@@ -103,7 +117,7 @@ def conform(
         TypeAdapter(HttpUrl).validate_python(url)
     except ValidationError as e:
         raise ConfigError(str(e.errors()[0]["msg"]).removeprefix("Value error, "), where=url) from None
-    with _receiver(command, url) as restart:
+    with _listening(listen) as heard, _receiver(command, url) as restart:
         trial = Trial(
             url=url,
             secret=key,
@@ -111,6 +125,7 @@ def conform(
             targets=tuple(target),
             params=_params(params),
             restart=restart,
+            heard=heard,
             wait_s=wait,
         )
         try:
@@ -145,6 +160,43 @@ def _print(check: Check, verbose: bool) -> None:
         for e in check.exchanges:
             print(f"         {'  ' if e.ok else '! '}sent: {e.sent}; expected: {e.expected}; came: {e.came}")
     sys.stdout.flush()
+
+
+@contextmanager
+def _listening(port: int) -> Iterator[Callable[[], list[Callback]] | None]:
+    """What is posted to this port; nothing where none is given."""
+    if not port:
+        yield None
+        return
+    posted: list[Callback] = []
+
+    class Listener(BaseHTTPRequestHandler):
+        timeout = 10
+
+        def do_POST(self) -> None:
+            length = self.headers.get("Content-Length", "")
+            size = int(length) if length.isdigit() else 0
+            body = self.rfile.read(min(size, _CALLBACK_BYTES))
+            posted.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
+            self.send_response(202)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing: the check says what came."""
+
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), Listener)
+    except OSError as e:
+        raise ConfigError(
+            f"port {port} cannot be listened on ({e.strerror}); take another", where="--listen"
+        ) from e
+    with server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        try:
+            yield lambda: list(posted)
+        finally:
+            server.shutdown()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import msgspec
 from pydantic import SecretStr
 
 from flyball.core.directives import Operation
-from flyball.core.errors import ConfigError, did_you_mean
+from flyball.core.errors import ConfigError, DecodeError, did_you_mean
 from flyball.remediation.hooks.kit import (
     REFUSED,
     Came,
@@ -29,8 +29,8 @@ from flyball.remediation.hooks.kit import (
     not_done,
     taken,
 )
-from flyball.remediation.hooks.wire import TERMINAL, message_id, request_body
-from flyball.remediation.signing import signed_headers
+from flyball.remediation.hooks.wire import TERMINAL, message_id, request_body, verify_callback
+from flyball.remediation.signing import SignatureRefused, signed_headers
 
 _OLD_S: Final = 600.0
 _BURST: Final = 30
@@ -197,6 +197,30 @@ def crash(kit: Kit) -> None:
     kit.ended(operation, "undo", frozenset({"succeeded"}))
 
 
+def callback(kit: Kit) -> None:
+    """The end of an operation is told as well, signed, and as it is told when it is asked."""
+    heard = kit.trial.heard
+    if heard is None:
+        raise NotRun("needs --listen: the receiver has to tell the kit as it would tell Flyball")
+    operation, asked = kit.start()
+    path = f"/v1/operations/{operation.id}"
+    end = kit.trial.now() + min(kit.trial.wait_s, 10.0)
+    while not (told := [(h, b) for p, h, b in heard() if p == path]) and kit.trial.now() < end:
+        kit.trial.pause(0.05)
+    expected = f"POST {path}, signed: {asked.status}"
+    if not told:
+        kit.judge("nothing; waited", expected, Came(lost="nothing"), False)
+    headers, body = told[-1]
+    try:
+        report = verify_callback(headers, body, [kit.trial.secret], at=kit.trial.now())
+    except (SignatureRefused, DecodeError) as e:
+        kit.judge("nothing; waited", expected, Came(lost=f"POST {path}, {e}"), False)
+    else:
+        came = Came(lost=f"POST {path}: {report.id} {report.verb} {report.status}")
+        good = (report.id, report.verb, report.status) == (operation.id, "start", asked.status)
+        kit.judge("nothing; waited", expected, came, good)
+
+
 # --- recovery ------------------------------------------------------------------------------------------------------
 
 
@@ -331,7 +355,7 @@ CHECKS: Final[tuple[Callable[[Kit], None], ...]] = (
     signature_missing, signature_wrong, signature_old, signature_of_another_body, signature_of_status,
     dry_run, unknown_action, deadline_passed, unreadable, large_body,
     duplicate, duplicate_at_once, other_order, cancel_before_start, undo_before_start, old_token,
-    cancel, undo_twice, recovery_not_limited, timeout_after_acceptance, crash,
+    cancel, undo_twice, recovery_not_limited, timeout_after_acceptance, crash, callback,
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -64,6 +64,7 @@ class Trial:
 
     action, targets, params: what is ordered; it is carried out for real.
     restart: kills the receiver the hard way and starts it again, returning when it answers; None where the kit cannot.
+    heard: what the receiver has posted to Flyball's address so far, as (path, headers, body); None where nobody listens there.
     wait_s: longest wait for an operation to end.
     """
 
@@ -73,6 +74,7 @@ class Trial:
     targets: tuple[str, ...]
     params: dict[str, Any] = field(default_factory=dict)
     restart: Callable[[], None] | None = None
+    heard: Callable[[], Sequence[tuple[str, Mapping[str, str], bytes]]] | None = None
     wait_s: float = 30.0
     timeout_s: float = 10.0
     now: Callable[[], float] = time.time
