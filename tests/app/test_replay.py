@@ -74,6 +74,48 @@ def test_an_outage_is_paged_once_and_redirected_in_auto(recording: Path, tmp_pat
     assert summary["late"] == 0
 
 
+KINDS = {
+    "limit": ("limit: {scope: $incident.root, requests_per_min: 50%, for: 30m}", {"provider": "b"}),
+    "cap": ("cap: {scope: $incident.root, output_tokens: 200, for: 30m}", {"provider": "b"}),
+    "block": ("block: {scope: {tenant: t2}, for: 30m}", {"tenant": "t2"}),
+    "hook": ("hook: {name: nodes, action: drain, targets: $incident.root, for: 30m}", {}),
+}
+"""What a step is written as, and the scope that comes of it."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_directive_is_printed_in_the_same_shape(
+    recording: Path, tmp_path: Path, kind: str
+) -> None:
+    step, scope = KINDS[kind]
+    (tmp_path / "mine.yaml").write_text(
+        f"""
+runbook: v1
+name: mine
+owner: us
+when: incident.root.kind == "provider" && incident.signal == "llm.errors"
+mode: auto
+limits: {{blast: {{traffic: 100%, tenants: 1000}}}}
+steps:
+  - {step}
+    verify: {{within: 3m, expect: 'calls_per_min("from") > 1', against: nothing}}
+"""
+    )
+    found = objects(replay(recording, "--json", "--mode", "auto", "--runbooks", tmp_path))
+    decided = [o for o in found if o["type"] == "decision" and o["runbook"] == "mine"]
+    assert "run" in {d["decision"] for d in decided}, decided
+    assert {"at", "incident", "runbook", "decision", "reason"} <= set(decided[0])
+    if kind == "hook":
+        asked = [o for o in found if o["type"] == "operation"]
+        assert (asked[0]["verb"], asked[0]["targets"]) == ("start", ["provider:b"])
+        return
+    granted = [o for o in found if o["type"] == "directive" and o["change"] == "granted"]
+    assert {o["kind"] for o in granted} == {kind}
+    assert granted[0]["scope"] == scope
+    assert {"at", "id", "kind", "scope", "params", "expires_at", "incident", "runbook"} <= set(granted[0])
+    assert found[-1]["directives"] == len(granted)
+
+
 def test_without_word_nothing_is_done_but_suggested(recording: Path) -> None:
     found = objects(replay(recording, "--json"))
     assert {d["decision"] for d in found if d["type"] == "decision"} <= {"suggest", "refuse", "hold"}

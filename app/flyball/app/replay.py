@@ -198,6 +198,8 @@ class Replay:
             insort(lines, (decision.at, len(lines), views.decision(decision)), key=lambda x: x[:2])
         for moved in out.directives:
             insort(lines, (moved.at, len(lines), views.directive_change(moved)), key=lambda x: x[:2])
+        for asked in out.operations:
+            insort(lines, (asked.at, len(lines), views.operation(asked)), key=lambda x: x[:2])
         for outcome in out.outcomes:
             insort(lines, (outcome.at, len(lines), views.outcome(outcome)), key=lambda x: x[:2])
         yield from (line for _, _, line in lines)

@@ -49,7 +49,9 @@ def replay_line(line: dict[str, Any]) -> str:
         detail = f"; {line['detail']}" if line["detail"] else ""
         return f"{at}        {line['incident']}  {line['runbook']}: {line['decision']} ({line['reason']}{detail})"
     if kind == "directive":
-        return f"{at}        {line['incident']}  {line['change']} {line['kind']} {labels(line['scope'])} until {clock(line['expires_at'])}"
+        return f"{at}        {line['incident']}  {line['change']} {line['kind']} {labels(line['scope'])}: {_params_text(line['params'])}, until {clock(line['expires_at'])}"
+    if kind == "operation":
+        return f"{at}        {line['incident']}  {line['verb']} {line['hook']}/{line['action']} on {', '.join(line['targets'])}"
     return f"{at}        {line['incident']}  {line.get('action', '')}: {line.get('result', '')} {line.get('reason', '')}".rstrip()
 
 

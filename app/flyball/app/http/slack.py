@@ -82,13 +82,15 @@ class _Asked:
 def router(runtime: Embedded, settings: Settings) -> APIRouter:
     r = APIRouter()
     slack_settings = settings.slack
-    if slack_settings is None:
-        return r
-    doorman = Doorman(slack_settings.signing_secret.get_secret_value(), runtime.clock)
+    doorman = (
+        Doorman(slack_settings.signing_secret.get_secret_value(), runtime.clock) if slack_settings else None
+    )
     busy: set[asyncio.Task[None]] = set()
 
     @r.post("/v1/slack", summary="Buttons in Slack; signed")
     async def slack(request: Request) -> Response:
+        if slack_settings is None or doorman is None:
+            raise HTTPException(404, "buttons in Slack are not set up; set `slack.signing_secret`")
         body = await request.body()
         headers = request.headers
         doorman.check(
