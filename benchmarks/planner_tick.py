@@ -1,6 +1,6 @@
 """What a second of the planner costs with 1,000 open incidents and 20 runbooks, against evaluating their conditions alone.
 
-The planner ticks every second, and a window closes every tenth. Two of the runbooks' conditions are true for each incident: one plan
+The planner ticks every second, and a window closes every tenth; what is owed after it is spread over the ticks. Two of the runbooks' conditions are true for each incident: one plan
 waits for a person, and one is refused because its target has too much traffic. Asking every guard again each second would cost several
 times what the conditions alone do. Processor time, because the machine may be busy with other things.
 
@@ -127,16 +127,21 @@ def run() -> list[dict[str, Any]]:
     began = time.process_time()
     planner.feed(news, estate, now + SECONDS)
     news_s = time.process_time() - began
-    waiting = len(planner.waiting(now + SECONDS))
-    assert waiting == INCIDENTS, waiting
+    for second in range(SECONDS, SECONDS + 25):  # the looks that the news was owed, and then nothing
+        began = time.process_time()
+        planner.tick(float(now + second), estate)
+        quiet_s = time.process_time() - began
+    waiting = len(planner.waiting(now + SECONDS + 25))
+    if waiting != INCIDENTS:
+        raise RuntimeError(f"{waiting} plans wait; each of {INCIDENTS} incidents should have one")
     mean_s = sum(ticks) / len(ticks)
     return [
         _row("planner.conditions_alone", alone_s * 1000.0, "ms", None, None),
         _row("planner.tick_mean", mean_s * 1000.0, "ms", alone_s * 1000.0, 0.5),
         _row("planner.tick_worst", max(ticks) * 1000.0, "ms", alone_s * 1000.0, 1.0),
-        _row("planner.tick_quiet", min(ticks) * 1000.0, "ms", alone_s * 1000.0, 0.05),
-        _row("planner.news_of_all", news_s * 1000.0, "ms", alone_s * 1000.0, None),
-        _row("planner.opening_of_all", opening_s * 1000.0, "ms", alone_s * 1000.0, None),
+        _row("planner.tick_quiet", quiet_s * 1000.0, "ms", alone_s * 1000.0, 0.05),
+        _row("planner.news_of_all", news_s * 1000.0, "ms", alone_s * 1000.0, 2.0),
+        _row("planner.opening_of_all", opening_s * 1000.0, "ms", alone_s * 1000.0, 2.0),
     ]  # fmt: skip
 
 

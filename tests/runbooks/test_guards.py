@@ -13,7 +13,7 @@ from flyball.core.incident import Incident, Severity, State
 from flyball.core.plans import Plan
 from flyball.runbooks.estate import LiveEstate
 from flyball.runbooks.standing import PlannerSettings
-from tests.remediation._estate import Row, window
+from tests.remediation._estate import Row, change, window
 from tests.runbooks._desk import TOUCH, YAML, Desk, book, one, verdicts
 
 FRESH = ("mode: auto", "mode: auto\nmax_age: 12h")
@@ -462,6 +462,16 @@ def test_many_held_at_once_are_looked_at_some_at_a_time() -> None:
     said = [verdicts(desk.planner.tick(desk.world.now + t, desk.world.estate)) for t in range(3)]
     assert [len(s) for s in said] == [2, 2, 1]
     assert said[0] == [("run", "when_matched"), ("hold", "lock")]
+
+
+def test_of_a_storm_of_incidents_the_rest_is_judged_in_the_next_ticks() -> None:
+    desk = Desk(TOUCH, ("runs: 3/1h", "runs: 100/1h"), settings=PlannerSettings(looks_per_tick=2))
+    opened = [change(desk.incident(id=f"INC-{i}"), desk.world.now) for i in range(5)]
+    said = verdicts(desk.say(*opened))
+    assert said == [("run", "when_matched"), ("hold", "lock")]
+    for _ in range(2):
+        said += verdicts(desk.planner.tick(desk.world.now, desk.world.estate))
+    assert said == [("run", "when_matched"), *[("hold", "lock")] * 4]
 
 
 def test_a_dry_run_is_marked_as_one() -> None:

@@ -88,6 +88,8 @@ class Planner:
         self._settings = settings
         self._dry_run = dry_run
         self._s = Standing()
+        self._looks = 0
+        """How many more pairs this call may look at."""
         self._variables: dict[str, dict[str, Any]] = {}
         self._ceiling: Mode = _mode(ceiling)
         self._use(runbooks)
@@ -105,8 +107,9 @@ class Planner:
     # --- in -------------------------------------------------------------------------------------------------------
 
     def feed(self, items: Sequence[Item], estate: Estate, now: float) -> list[Planned]:
-        """News. Incidents are judged at once; each answer of a person gets its one decision; the rest moves locks, limits and
+        """News. Incidents are judged at once (of very many, the rest in the next ticks); each answer of a person gets its one decision; the rest moves locks, limits and
         cooldowns, which the next tick heeds."""
+        self._looks = self._settings.looks_per_tick
         touched: dict[str, None] = {}
         out: list[Planned] = []
         for item in items:
@@ -127,6 +130,7 @@ class Planner:
     def tick(self, now: float, estate: Estate) -> list[Planned]:
         """Time passes: holds, cooldowns and waits end, incidents go stale, windows close."""
         s = self._s
+        self._looks = self._settings.looks_per_tick
         if now < s.now:  # the clock went back: no moment that was waited for means anything
             s.wake_all(now)
         if abs(now - s.tidied_at) >= _TIDY_EVERY_S:
@@ -365,7 +369,7 @@ class Planner:
         due += self._turned(closed, estate, now)
         due.sort(key=lambda entry: entry[0])
         out: list[Planned] = []
-        for _, incident, name in due[: self._settings.looks_per_tick]:
+        for _, incident, name in due[: self._looks]:
             runbook, known = self._runbooks.by_name.get(name), s.incidents.get(incident)
             if runbook is None or known is None:
                 continue
@@ -411,6 +415,10 @@ class Planner:
         waiting = s.waiting.get(case.waiting)
         if waiting is not None and now <= waiting.until and case.look_at > now:
             return None  # the guards are asked again from time to time, and when it is answered
+        if self._looks <= 0:  # a storm: the next ticks look at the rest, those that waited longest first
+            case.wake(now)
+            return None
+        self._looks -= 1
         case.window_at = estate.now()
         q = self._question(runbook, known, case, variables, estate, now)
         no = first_no(q)

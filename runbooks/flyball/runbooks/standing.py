@@ -31,7 +31,8 @@ class PlannerSettings:
         windows that it reads may not have closed yet.
     hysteresis_s: after traffic went from one place to another, it does not go the other way before this has passed.
     relook_s: what waits or is held for something that gives no sign is looked at again this often.
-    looks_per_tick: at most so many are looked at again in one tick, those that waited longest first.
+    looks_per_tick: at most so many pairs of incident and runbook have their guards asked in one call, those that waited longest
+        first; the rest follows in the next ticks.
     """
 
     silent_after_s: float = 60.0
