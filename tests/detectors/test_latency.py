@@ -13,6 +13,9 @@ from flyball.detectors.cache_loss import CacheLoss
 from flyball.detectors.latency import Latency, Params
 from tests.detectors._windows import Calls, Traffic, calls
 
+HOUR = 360
+"""Windows."""
+
 
 def usual(
     latency_s: float = 2.0, *, n: int = 100, answer: float = 300, tenants: int = 10, ttft_s: float = 0.4
@@ -35,12 +38,24 @@ def on(found: list[Anomaly], signal: str, **labels: str) -> list[Anomaly]:
 
 def test_a_provider_twice_as_slow_is_said_within_four_windows() -> None:
     traffic, detector = Traffic(), Latency()
-    detector.feed(traffic.windows(60, usual()))
+    detector.feed(traffic.windows(HOUR, usual()))
     (found,) = on(detector.feed(traffic.windows(4, usual(4.0))), "llm.latency", provider="b")
     assert found.klass == "slow"
     assert found.expected == pytest.approx(2.0, rel=0.02)
     assert found.observed == pytest.approx(4.0, rel=0.1)
     assert found.evidence["mean_latency_s"] == pytest.approx(4.0)
+
+
+def test_in_its_first_minutes_a_provider_must_be_far_slower_than_later() -> None:
+    """Providers have fast and slow tens of minutes: one of them is not known as the normal yet."""
+    for learned, said in ((60, False), (HOUR, True)):
+        traffic, detector = Traffic(), Latency()
+        detector.feed(traffic.windows(learned, usual()))
+        found = on(detector.feed(traffic.windows(40, usual(3.5))), "llm.latency", provider="b")
+        assert bool(found) is said, f"after {learned} windows"
+    detector = Latency()
+    detector.feed(traffic.windows(60, usual()))
+    assert on(detector.feed(traffic.windows(4, usual(6.0))), "llm.latency", provider="b")
 
 
 def test_a_late_first_token_is_a_signal_of_its_own() -> None:

@@ -73,6 +73,27 @@ def test_a_new_prompt_version_is_judged_by_its_predecessor_at_once() -> None:
     assert version.evidence["split_prompt"] == pytest.approx(1.0, abs=0.01)
 
 
+def test_a_new_version_needs_half_the_evidence_of_an_old_one() -> None:
+    def seconds(prompt: str) -> float:
+        traffic, detector = Traffic(), TokenInflation()
+        detector.feed(traffic.windows(60, usual(20)))
+        (found,) = on(
+            detector.feed(traffic.windows(30, usual(20, tokens=1800, prompt=prompt))),
+            prompt=prompt,
+            app="shop",
+        )
+        return found.at - found.since
+
+    assert seconds("cart@2") <= 0.7 * seconds("cart@1")
+
+
+def test_a_new_version_like_the_old_one_is_not_suspected_for_long() -> None:
+    traffic, detector = Traffic(), TokenInflation()
+    detector.feed(traffic.windows(60, usual(20)))
+    for version in range(2, 8):
+        assert detector.feed(traffic.windows(12, usual(20, tokens=1100, prompt=f"cart@{version}"))) == []
+
+
 def test_a_new_prompt_without_predecessor_is_judged_by_its_app() -> None:
     traffic, detector = Traffic(), TokenInflation()
     detector.feed(traffic.windows(60, usual()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flyball.core.events import Change
+from flyball.core.events import Change, GpuSample, LlmCall
 from flyball.core.incident import Severity
 from tests.incidents._estate import T0, Calls, Lab, W, anomaly, traffic
 
@@ -234,7 +234,7 @@ def test_share_of_time_is_event_time() -> None:
     assert lab.now == T0 + 2 * W
 
 
-def test_an_outage_is_not_hidden_by_an_open_incident_about_cold_caches_at_the_same_root() -> None:
+def test_an_outage_after_cold_caches_is_an_incident_of_its_own_that_takes_them_over() -> None:
     lab = Lab()
     lab.quiet(12)
     cold = lab.on("llm.cache", "cold", provider="b")
@@ -243,10 +243,123 @@ def test_an_outage_is_not_hidden_by_an_open_incident_about_cold_caches_at_the_sa
         lab.step(traffic(), lab.again(cold))
     fails = lab.on("llm.errors", "overloaded", provider="b")
     lab.step(traffic(fails=0.6, where={"provider": "b"}, n=20), fails, lab.again(cold))
-    last = lab.changes[-1].incident
-    assert (last.signal, last.klass, str(last.root), last.page) == (
-        "llm.errors",
-        "overloaded",
-        "provider:b",
-        True,
+    outage = lab.only()
+    assert (outage.signal, str(outage.root), outage.page) == ("llm.errors", "provider:b", True)
+    assert outage.since == fails.since
+    assert lab.opened[1:] == [outage.id]
+    assert any(c.new == "resolved" and f"part of {outage.id}" in c.reason for c in lab.changes)
+    lab.step(traffic(), lab.again(fails, "off"), lab.again(cold))
+    lab.quiet(7)
+    assert lab.open == []
+
+
+def test_every_provider_failing_takes_over_no_cold_caches_and_retries_join_it() -> None:
+    lab = Lab()
+    lab.quiet(12)
+    cold = lab.on("llm.cache", "cold", provider="b")
+    lab.step(traffic(), cold)
+    for _ in range(4):
+        lab.step(traffic(), lab.again(cold))
+    ill = traffic(fails=0.8, klass="connection", where={}, n=10)
+    lab.step(
+        ill,
+        lab.on("llm.errors", "connection", provider="a"),
+        lab.on("llm.errors", "connection", provider="b"),
     )
+    more = traffic(fails=0.8, klass="connection", where={}, n=30)
+    lab.step(more, lab.on("llm.retries", "retry_storm", app="bot", provider="b"))
+    assert sorted((str(i.root), i.signal, i.page) for i in lab.open) == [
+        ("provider:b", "llm.cache", False), ("stream:egress", "llm.errors", True),
+    ]  # fmt: skip
+
+
+def test_an_app_that_one_provider_refuses_first_is_one_incident_and_one_page() -> None:
+    lab = Lab()
+    lab.quiet(12)
+    refused = {"klass": "rate_limited", "n": 12}
+    first = lab.on("llm.errors", "rate_limited", provider="b", app="bot")
+    lab.step(traffic(fails=0.7, where={"app": "bot", "provider": "b"}, **refused), first)  # type: ignore[arg-type]
+    lab.step(
+        traffic(fails=0.7, where={"app": "bot"}, **refused),  # type: ignore[arg-type]
+        lab.again(first),
+        lab.on("llm.errors", "rate_limited", provider="a", app="bot"),
+    )
+    incident = lab.only()
+    assert str(incident.root) == "app:bot"
+    assert lab.paged == [incident.id]
+
+
+def test_calls_under_way_when_a_version_came_do_not_make_a_second_incident() -> None:
+    lab = Lab()
+    lab.quiet(12)
+    old = [
+        c
+        for c in traffic(tokens=1.7, where={"app": "bot"}, n=1)
+        if c.labels["app"] == "bot" and c.labels["tenant"] == "t1"
+    ]
+    new = _with_prompt(traffic(tokens=1.9, where={"app": "bot"}), "bot", "bot@v2")
+    cells = [*traffic(without={"app": "bot"}), *new, *old]
+    lab.feed(Change(at=lab.now, kind="deploy", summary="bot v2", labels={"prompt": "bot@v2"}))
+    version = lab.on("llm.input_tokens", "inflation", app="bot", prompt="bot@v2")
+    lab.step(cells, version)
+    for _ in range(3):
+        lab.step(cells, lab.again(version))
+    lab.step(
+        cells,
+        lab.again(version),
+        anomaly("llm.input_tokens", {"app": "bot"}, version.since - 50.0, lab.now + W, klass="inflation"),
+    )
+    assert str(lab.only().root) == "prompt_version:bot@v2"
+
+
+def test_retries_of_calls_that_fail_on_a_broken_gpu_belong_to_it() -> None:
+    lab = Lab()
+    lab.correlator.observe_events(
+        [
+            GpuSample(at=lab.now, node="n1", gpu="n1/g0", deployment="own-1"),
+            LlmCall(at=lab.now, provider="own", deployment="own-1"),
+        ]
+    )
+    own = {
+        "provider": "own",
+        "model": "m",
+        "deployment": "own-1",
+        "region": "dc",
+        "tenant": "t1",
+        "team": "x",
+    }
+
+    def cells(n: int, failed: int) -> list[Calls]:
+        mine = [
+            Calls(n, {"server_error": failed} if failed else {}, labels=own | {"app": app, "tenant": t})
+            for app in ("bot", "search")
+            for t in ("t1", "t2")
+        ]
+        return [*traffic(), *mine]
+
+    lab.quiet(12, cells(10, 0))
+    fault = anomaly(
+        "gpu.fault",
+        {"node": "n1", "gpu": "n1/g0"},
+        lab.now,
+        klass="reset_gpu",
+        observed=79,
+        expected=0,
+        impact=1.0,
+    )
+    lab.step(cells(10, 6), fault)
+    lab.step(cells(10, 6), lab.again(fault), lab.on("llm.errors", "server_error", deployment="own-1"))
+    lab.step(
+        cells(40, 25), lab.again(fault), lab.on("llm.retries", "retry_storm", app="search", provider="own")
+    )
+    assert str(lab.only().root) == "gpu:n1/g0"
+
+
+def test_slow_calls_of_one_tenant_wake_nobody() -> None:
+    lab = Lab()
+    lab.quiet(12)
+    slow = anomaly(
+        "llm.ttft", {"tenant": "t1"}, lab.now, klass="slow", observed=3.0, expected=1.0, impact=0.6
+    )
+    lab.step(traffic(slow=3.0, where={"tenant": "t1"}), slow)
+    assert (str(lab.only().root), lab.only().page) == ("tenant:t1", False)

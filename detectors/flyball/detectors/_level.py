@@ -30,13 +30,17 @@ Singles = NDArray[np.float32]
 
 _FIELDS: Final = (
     "windows", "mean", "between", "within", "lag", "mass", "last", "cov", "recent", "run_calls", "run_windows", "m0", "m1",
-    "later_between", "later_lag", "later_mass",
+    "later_between", "later_lag", "later_mass", "run_above",
 )  # fmt: skip
 _AT: Final = {name: i for i, name in enumerate(_FIELDS)}
+_OF_A_RUN: Final = np.array([_AT[n] for n in ("m0", "m1", "run_calls", "run_windows", "run_above", "recent")])
+"""Fields that hold what a departure has gathered so far."""
 _PRIOR_WINDOWS: Final = 20.0
 """Weight of what is believed about the scatter between windows before any was seen."""
 _PRIOR_WITHIN: Final = 2.0
 """Weight, in windows, of what is believed about the variance among the calls of a window (1.0) before any was seen."""
+_FRESH_WINDOWS: Final = 6
+"""Windows up to which a departure has just begun."""
 _MEMORY: Final = np.float32(360.0)
 """Windows that a learned scatter rests on at most: 360 windows of 10 s are the default half-life."""
 
@@ -54,6 +58,8 @@ class LevelParams:
         warmup_windows: windows with data before a series is judged.
         half_life_s: age at which what was learned counts half, in time with data.
         blend_calls: the recent level is smoothed over about so many calls.
+        young_effect_times: levels wander over tens of minutes, which what was learned in a few cannot tell: until a series was
+            learned from 360 windows, a departure must be farther above normal, at first so many times `effect_log`.
         patience_windows: windows of a departure until they count as scatter of the series after all. Earlier they do not: what
             lasts would pass for scatter that lasts, and hide itself.
         calm_halves: a window less than half the effect above normal halves what was gathered (less evidence than allowed is
@@ -73,6 +79,7 @@ class LevelParams:
     warmup_windows: int = 30
     half_life_s: float = 3_600.0
     blend_calls: float = 20.0
+    young_effect_times: float = 1.0
     patience_windows: int = 60
     calm_halves: bool = False
     drift_nats: float = 0.1
@@ -89,6 +96,7 @@ class LevelParams:
             "min_windows >= 1": self.min_windows >= 1,
             "warmup_windows >= 2": self.warmup_windows >= 2,
             "patience_windows >= 1": self.patience_windows >= 1,
+            "young_effect_times >= 1": self.young_effect_times >= 1,
             "half_life_s > 0": self.half_life_s > 0,
             "blend_calls >= 0": self.blend_calls >= 0,
             "off_after >= 1": self.off_after >= 1,
@@ -110,7 +118,7 @@ class Judged:
     mean: Floats
     """Normal level."""
     recent: Floats
-    """How far above normal the level is now, smoothed over about `blend_calls` calls."""
+    """How far above normal the level is now, smoothed over about `blend_calls` calls; where an episode opens, since it began."""
     run_calls: Floats
     run_windows: Ints
     step: Step
@@ -159,17 +167,8 @@ class Level:
     def inherit(self, slot: int, donor: Level, donor_slot: int, extra_variance: float = 0.0) -> None:
         """A series that has just been born starts with the normal of another, believed less by `extra_variance`."""
         row = donor.table["s"][donor_slot].copy()
-        for name in (
-            "recent",
-            "run_calls",
-            "run_windows",
-            "m0",
-            "m1",
-            "last",
-            "later_between",
-            "later_lag",
-            "later_mass",
-        ):
+        row[_OF_A_RUN] = 0.0
+        for name in ("last", "later_between", "later_lag", "later_mass"):
             row[_AT[name]] = 0.0
         known, trusted = min(float(row[_AT["windows"]]), float(_MEMORY)), float(self.params.warmup_windows)
         # Sums over windows become what `warmup_windows` windows would have made of them.
@@ -179,10 +178,15 @@ class Level:
         row[_AT["windows"]] = trusted
         self.table["s"][slot] = row
 
+    def head_start(self, slot: int, nats: float, at: float) -> None:
+        """A series that has just been born is suspected from the start, with `nats` of evidence: in its first windows an alarm is
+        e^nats times as likely by chance, and later as for every series, because what is normal wears it off."""
+        self.table["s"][slot, [_AT["m0"], _AT["m1"]]] = nats
+        self.table["onset"][slot] = at
+
     def begin_anew(self, slots: Ints) -> None:
         """Forgets the evidence so far; what was learned stays."""
-        for name in ("m0", "m1", "run_calls", "run_windows", "recent"):
-            self.table["s"][slots, _AT[name]] = 0.0
+        self.table["s"][np.ix_(slots, _OF_A_RUN)] = 0.0
 
     def step(self, slots: Ints, alarm: Bools, away: Bools, onset: Floats, calls: Floats) -> Step:
         """Moves the episodes on; a series that is not away is quiet."""
@@ -279,14 +283,23 @@ def judge_parts(
     blend = c / (c + np.float32(params.blend_calls))
     recent = s[_AT["recent"]]
     recent += blend * (d - recent)
+    s[_AT["run_above"]] = np.where(begins, 0, s[_AT["run_above"]]) + c * d
     s[_AT["run_calls"]] = np.where(begins, 0, s[_AT["run_calls"]]) + c
     s[_AT["run_windows"]] = np.where(begins, 0, s[_AT["run_windows"]]) + 1
     onset = np.where(begins, start, onset)
 
     away = recent > params.effect_log / 2
-    alarm = warm & (score >= threshold) & (recent >= params.effect_log) & (d >= params.effect_log / 2)
+    # At first the recent level still holds what was before the departure; the departure's own mean does not.
+    of_run = s[_AT["run_above"]] / s[_AT["run_calls"]]
+    above = np.maximum(recent, of_run)
+    alarm = warm & (score >= threshold) & (above >= params.effect_log) & (d >= params.effect_log / 2)
     if alarm.any():
         alarm &= (s[_AT["run_calls"]] >= params.min_calls) & (s[_AT["run_windows"]] >= params.min_windows)
+        if params.young_effect_times > 1:
+            # Sooner or later a departure that lasts has one window that is far up by chance: then the one before must be up as well.
+            lasts = s[_AT["run_windows"]] > _FRESH_WINDOWS
+            least = np.where(lasts, np.minimum(np.minimum(d, 2 * s[_AT["last"]]), above), above)
+            alarm &= least >= _young_effect(windows, params)
         allowed = [
             np.ones(len(r.rows), np.bool_) if r.may_alarm is None else r.may_alarm for _, _, r in parts
         ]
@@ -297,7 +310,7 @@ def judge_parts(
         for (level, slots, r), at in zip(parts, spans, strict=True)
     ]
     out = [
-        _judged(part, step, s[:, at], score[at], end, params)
+        _judged(part, step, s[:, at], above[at], score[at], end, params)
         for part, step, at in zip(parts, steps, spans, strict=True)
     ]
     for step, at in zip(steps, spans, strict=True):
@@ -359,6 +372,12 @@ def _variance(s: Singles, c: Singles, is_mean: bool, params: LevelParams) -> tup
     return (within + lasting) * (1 + 1 / (known + 1)), between
 
 
+def _young_effect(windows: Singles, params: LevelParams) -> Singles:
+    """How far above normal a departure must be, by how many windows a series was learned from; 0 for an old one."""
+    young = 1 - np.minimum(windows, _MEMORY) / _MEMORY
+    return np.where(young > 0, params.effect_log * (1 + (params.young_effect_times - 1) * young), 0)
+
+
 def _gather(
     s: Singles, d: Singles, variance: Singles, warm: Bools, threshold: float, extra: Sequence[Floats | None],
     params: LevelParams,
@@ -381,14 +400,18 @@ def _gather(
     return score
 
 
-def _judged(part: Part, step: Step, s: Singles, score: Floats, end: float, params: LevelParams) -> Judged:
+def _judged(
+    part: Part, step: Step, s: Singles, above: Singles, score: Floats, end: float, params: LevelParams
+) -> Judged:
     level, slots, _ = part
     accepted, still = _NOTHING.off, step.still
     if len(still):
         accepted = still[end - level.episodes.since[slots[still]] > params.accept_after_s]
         still = np.setdiff1d(still, accepted, assume_unique=True)
+    shown = s[_AT["recent"]].astype(np.float64)
+    shown[step.on] = above[step.on]
     return Judged(
-        slots, score, s[_AT["mean"]].astype(np.float64), s[_AT["recent"]].astype(np.float64),
+        slots, score, s[_AT["mean"]].astype(np.float64), shown,
         s[_AT["run_calls"]].astype(np.float64), s[_AT["run_windows"]].astype(np.int64), Step(step.on, still, step.off),
         accepted,
     )  # fmt: skip
@@ -429,8 +452,7 @@ def _learn(
 
 
 def _restart(s: Singles, ended: Ints, accepted: Ints, level: Floats, params: LevelParams) -> None:
-    for name in ("m0", "m1", "run_calls", "run_windows", "recent"):
-        s[_AT[name], ended] = 0.0
+    s[np.ix_(_OF_A_RUN, ended)] = 0.0
     s[_AT["mean"], accepted] = level[accepted]
     s[_AT["windows"], accepted] = np.float32(params.warmup_windows)
 
@@ -457,7 +479,7 @@ class LevelDetector:
     reads: ClassVar[Literal["windows"]] = "windows"
     klass: ClassVar[str]
     unit: ClassVar[str]
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def __init__(self, watches: Sequence[Watch], params: LevelParams, budget: PageBudget | None) -> None:
         self.budget = budget if budget is not None else PageBudget()

@@ -30,7 +30,8 @@ _SCOPES: Final[tuple[tuple[str, ...], ...]] = (("provider",), ("provider", "mode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Params(LevelParams):
-    """See `LevelParams`; half as slow again is the least that matters.
+    """See `LevelParams`; half as slow again is the least that matters, and in the first hour, when nobody knows yet how a
+    provider's speed wanders, up to 2.7 times as slow.
 
     Args:
         min_tenants: tenants that must be calling before a provider is blamed; waived where calls name no tenant.
@@ -38,6 +39,7 @@ class Params(LevelParams):
             twice as long take 2 ** 0.7 times as long.
     """
 
+    young_effect_times: float = 3.0
     min_tenants: int = 2
     output_elasticity: float = 0.7
 

@@ -202,11 +202,14 @@ class Correlator(Desk):
         return False
 
     def _join_open(self, a: Anomaly, touched: dict[str, bool]) -> bool:
-        fits = [(self._joiner.fit(c, a), c) for c in self._near(a)]
+        fits = [(self._joiner.fit(c, a), c) for c in self._near(a) if not _overtakes(a, c)]
         fits = [(f, c) for f, c in fits if f > 0.0]
         if not fits:
             return False
-        best = min(fits, key=lambda fc: (-round(fc[0], 6), fc[1].incident.at, fc[1].incident.id))[1]
+        best = min(
+            fits,
+            key=lambda fc: (-round(fc[0], 6), fc[1].group in AFTERMATH, fc[1].incident.at, fc[1].incident.id),
+        )[1]
         self._add(best, a)
         touched[best.incident.id] = True
         return True
@@ -255,7 +258,9 @@ class Correlator(Desk):
             gone_s = a.at - (case.incident.resolved_at or 0.0)
             if gone_s > self.settings.reopen_s:
                 break
-            if case.merged_into or case.leader not in case.members or self._joiner.fit(case, a) <= 0.0:
+            if case.merged_into or case.leader not in case.members or _overtakes(a, case):
+                continue
+            if self._joiner.fit(case, a) <= 0.0:
                 continue
             self._add(case, a)
             if group_of(a.signal) in AFTERMATH and case.group not in AFTERMATH:
@@ -287,7 +292,11 @@ class Correlator(Desk):
     def _found(self, fresh: Sequence[Anomaly], touched: dict[str, bool]) -> Case | None:
         """The incident that the leading anomaly opens, widens, or turns out to belong to; None when there is no room."""
         leader = fresh[0]
-        rivals = [c for c in self._open.values() if related(c.lead, leader.signal, leader.klass)]
+        rivals = [
+            c
+            for c in self._open.values()
+            if related(c.lead, leader.signal, leader.klass) and not _overtakes(leader, c)
+        ]
         root = self._root(leader, leader.since)
         case = self._same_or_wider(root, rivals)
         if case is None and rivals:
@@ -319,18 +328,18 @@ class Correlator(Desk):
         return self._ranker.rank(leader, since, near, without)
 
     def _same_or_wider(self, root: Root, rivals: Sequence[Case]) -> Case | None:
-        """An open incident with this root, or with one that lies within it and so widens."""
+        """An open incident with this root, or with one that lies within it and so widens: by its labels or, while it is young and
+        nothing was done about it, by where its failures lie (an app that hammers is refused by one provider first)."""
         ours = not root.scope and root.entity == Entity("stream", EGRESS)
         same, within = [], []
         for c in rivals:
             i = c.incident
             if i.root == root.entity and i.scope == root.scope:
                 same.append(c)
-            elif (
-                len(i.scope) > len(root.scope)
-                and (root.scope or ours)
-                and root.scope.items() <= i.scope.items()
-            ):
+                continue
+            named = len(i.scope) > len(root.scope) and root.scope.items() <= i.scope.items()
+            unsettled = self._now - i.at <= _SETTLING_S and not c.effects
+            if (named and (root.scope or ours)) or (unsettled and self._joiner.covers(root.scope, c)):
                 within.append(c)
         return min(same or within, key=lambda c: (c.incident.at, c.incident.id), default=None)
 
@@ -350,6 +359,8 @@ class Correlator(Desk):
         case.effects, case.members = {}, {}
         self._add(case, leader)
         touched[key] = True
+        for old in [c for c in self._open.values() if _overtakes(leader, c) and _same_root(c, case)]:
+            self._unite(case, old)
         return case
 
     def _set_root(self, case: Case, root: Root) -> None:
@@ -425,7 +436,9 @@ class Correlator(Desk):
         return [
             s
             for other in self._open.values()
-            if other is not case and related(other.lead, case.lead.signal, case.lead.klass)
+            if other is not case
+            and related(other.lead, case.lead.signal, case.lead.klass)
+            and not _overtakes(case.lead, other)
             for s in self._scopes(other)
             if s
         ]
@@ -455,30 +468,37 @@ class Correlator(Desk):
 
     def _merge_same_root(self, case: Case) -> None:
         for other in sorted(self._open.values(), key=lambda c: (c.incident.at, c.incident.id)):
-            same = other.incident.root == case.incident.root and other.incident.scope == case.incident.scope
-            if other is case or not same or not related(other.lead, case.lead.signal, case.lead.klass):
+            if (
+                other is case
+                or not _same_root(other, case)
+                or not related(other.lead, case.lead.signal, case.lead.klass)
+            ):
                 continue
             older, newer = sorted((other, case), key=lambda c: (c.opening, c.incident.at, c.incident.id))
-            for m in newer.members.values():
-                if m.anomaly.id not in older.members:
-                    self._add(older, m.anomaly, consequence=m.consequence)
-                    if m.anomaly.id in older.members:
-                        older.members[m.anomaly.id].on = m.on
-            for kept in newer.effects.values():
-                older.effects.setdefault(kept.directive, kept)
-            if newer.incident.page and not older.incident.page:
-                # Somebody was woken for this trouble already: not twice.
-                self._change(older, page=True)
-            newer.merged_into = older.incident.id
-            self._note(older, f"{newer.incident.id} has the same root and joins it")
-            if newer.opening:
-                del self._open[newer.incident.id]
-            else:
-                self._resolve(
-                    newer, f"part of {older.incident.id}: same root {older.incident.root}", loud=False
-                )
+            if _overtakes(newer.lead, older):
+                older, newer = newer, older
+            self._unite(older, newer)
             self._after_round(older, joined=False, was_active=True)
             return
+
+    def _unite(self, kept: Case, merged: Case) -> None:
+        """Makes one incident part of another with the same root; what was overtaken is no beginning and only ends."""
+        for m in () if _overtakes(kept.lead, merged) else merged.members.values():
+            if m.anomaly.id not in kept.members:
+                self._add(kept, m.anomaly, consequence=m.consequence)
+                if m.anomaly.id in kept.members:
+                    kept.members[m.anomaly.id].on = m.on
+        for effect in merged.effects.values():
+            kept.effects.setdefault(effect.directive, effect)
+        if merged.incident.page and not kept.incident.page:
+            # Somebody was woken for this trouble already: not twice.
+            self._change(kept, page=True)
+        merged.merged_into = kept.incident.id
+        self._note(kept, f"{merged.incident.id} has the same root and joins it")
+        if merged.opening:
+            del self._open[merged.incident.id]
+        else:
+            self._resolve(merged, f"part of {kept.incident.id}: same root {kept.incident.root}", loud=False)
 
     # ---- after a round
 
@@ -513,6 +533,22 @@ def _last_word(old: Anomaly, a: Anomaly) -> Anomaly:
         return msgspec.structs.replace(a, since=since)
     why = {k: a.evidence[k] for k in ("why", "over") if k in a.evidence}
     return msgspec.structs.replace(old, at=a.at, since=since, phase="off", evidence={**old.evidence, **why})
+
+
+def _overtakes(a: Anomaly, case: Case) -> bool:
+    """Whether an anomaly is worse than what an incident is about, and came later: it opens its own incident. Cold caches or a dear
+    client, which woke nobody, are not the beginning of the outage that comes minutes after them."""
+    i = case.incident
+    return (
+        case.group in AFTERMATH
+        and group_of(a.signal) not in AFTERMATH
+        and not (i.page or case.effects)
+        and a.since > i.since + _TOGETHER_S
+    )
+
+
+def _same_root(a: Case, b: Case) -> bool:
+    return a.incident.root == b.incident.root and a.incident.scope == b.incident.scope
 
 
 def _same_family(a: Anomaly, b: Anomaly) -> bool:

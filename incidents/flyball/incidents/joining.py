@@ -24,6 +24,10 @@ _USED_RATIO: Final = 0.3
 """Share of its calls that an app has in the incident's scope, for what else it shows to belong there."""
 _NO_EXCESS: Final = 0.1
 """Excess over the expected below which cells do not show what the anomaly states (other weights, other statistics)."""
+_TRIFLE: Final = 0.1
+"""Share of an anomaly's excess that says nothing: calls that were under way when a new version came, a few long answers."""
+_COVERS: Final = 0.8
+"""Share of an incident's excess that a root found later must explain, to be the root of it as well."""
 _BEFORE_S: Final = 600.0
 """What began so long before an incident is not its consequence."""
 
@@ -115,7 +119,7 @@ class Joiner:
             return 1.0
         if any(k in a.labels and a.labels[k] != v for k, v in scope.items()):
             return 0.0
-        if group_of(a.signal) == "retries" and case.group == "errors":
+        if group_of(a.signal) == "retries":
             followed = self._failures_of(case, a)
             if followed >= self._settings.explained_ratio:
                 return followed
@@ -129,7 +133,8 @@ class Joiner:
     def _failures_of(self, case: Case, a: Anomaly) -> float:
         """Share of what fails for those who try again that fails where the incident is: a storm follows its failures, also
         where the calls that it adds are too few, or elsewhere, to tell by themselves."""
-        spec = spec_of(case.incident.signal, case.incident.klass)
+        failing = next((m for m in (case.lead, *case.primary()) if group_of(m.signal) == "errors"), None)
+        spec = None if failing is None else spec_of(failing.signal, failing.klass)
         measure = None if spec is None else self._cells.measure(spec, case.incident.since)
         labels = {k: v for k, v in a.labels.items() if k in LABEL_POSITION}
         return (
@@ -163,9 +168,19 @@ class Joiner:
         hit, rest = of[within], of[~within]
         if measure.rate(of) < _NO_EXCESS:
             return None
-        if measure.rate(rest) > 0.5 * measure.rate(hit):
+        outside = float(measure.excess[rest].sum()) / float(measure.excess[of].sum())
+        if measure.rate(rest) > 0.5 * measure.rate(hit) and outside > _TRIFLE:
             return 0.0
         return measure.share(labels, scopes)
+
+    def covers(self, scope: Mapping[str, str], case: Case) -> bool:
+        """Whether nearly all that departs in an incident departs in `scope`."""
+        spec = spec_of(case.incident.signal, case.incident.klass)
+        measure = None if spec is None else self._cells.measure(spec, case.incident.since)
+        own = self.scopes(case.incident.scope)
+        if measure is None or len(own) != 1 or not scope:
+            return False
+        return measure.share(own[0], [scope]) >= _COVERS
 
     # ---- our own doing
 

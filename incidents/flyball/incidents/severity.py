@@ -101,6 +101,8 @@ def _factor(a: Anomaly, case: Case) -> float:
 
 def _multiple(a: Anomaly, case: Case, high: float, calls: int, what: str) -> Verdict:
     value = _factor(a, case)
+    if group_of(a.signal) == "slow" and case.incident.root.kind == "tenant":
+        return Severity.MEDIUM, f"{what} {factor(value)}, of one tenant: what it asks for may be the reason"
     if value >= high and max(a.n, case.tally.calls) >= calls:
         return Severity.HIGH, f"{what} {factor(value)} (high from {factor(high)} over {calls} calls)"
     return (Severity.MEDIUM if value >= 1.3 else Severity.LOW), f"{what} {factor(value)}"

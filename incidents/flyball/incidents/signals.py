@@ -72,8 +72,8 @@ EXPLAINS: Final[dict[str, frozenset[str]]] = {
     "cost": frozenset({"cost", "cache", "tokens"}),
     "cache": frozenset({"cache", "cost"}),
     "agent": frozenset({"agent", "cost", "tokens", "retries", "cache"}),
-    "gpu": frozenset({"gpu", "serving", "slow", "errors"}),
-    "serving": frozenset({"serving", "slow", "errors", "gpu"}),
+    "gpu": frozenset({"gpu", "serving", "slow", "errors", "retries"}),
+    "serving": frozenset({"serving", "slow", "errors", "gpu", "retries"}),
     "stream": frozenset({"stream"}),
 }
 """Group of a cause → groups it can show up as."""
