@@ -51,6 +51,7 @@ def running(
     log: Path,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    deadline_s: float = 90.0,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process for as long as the block lasts; ended with SIGTERM, then SIGKILL."""
     with log.open("ab") as out:
@@ -63,7 +64,7 @@ def running(
             cwd=cwd,
         )
     try:
-        wait_for(ready_url, process, log)
+        wait_for(ready_url, process, log, deadline_s)
         yield process
     finally:
         stop(process)
