@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import msgspec
 
 from flyball.core.directives import Operation, OperationReport
 from flyball.core.errors import DecodeError, NotAccepted
@@ -165,24 +166,29 @@ class _Progress:
 
 def _judge(operation: Operation, reply: _Reply, at: float) -> OperationReport:
     status = reply.status
+    wait = retry_after_s(reply.headers.get("retry-after", ""), at)
     if 200 <= status < 300:
         try:
             answer = decode_answer(reply.body)
         except DecodeError as e:
             return unknown(operation, at, e.reason, e.detail)
-        report = report_of(answer, operation, at)
+        report = _with_wait(report_of(answer, operation, at), wait)
         return _judge_dry_run(operation, report) if operation.dry_run else report
     code = f"http_{status}"
-    wait = retry_after_s(reply.headers.get("retry-after", ""), at)
-    if status in (408, 425, 429) or (status == 503 and wait is not None):
+    if status in (425, 429) or (status == 503 and wait is not None):
         return told(operation, at, "rejected", code, "asked to wait", transient=True, retry_after_s=wait)
-    if status >= 500:
+    # 408 means that the request did not arrive whole; but there are proxies that say it of the service behind them.
+    if status >= 500 or status == 408:
         return unknown(operation, at, code, "may have been taken")
     if 300 <= status < 400:
         return told(
             operation, at, "rejected", code, "a redirect; they are not followed: set the final address"
         )
-    return _judge_refusal(operation, reply, code, at)
+    return _with_wait(_judge_refusal(operation, reply, code, at), wait)
+
+
+def _with_wait(report: OperationReport, wait: float | None) -> OperationReport:
+    return msgspec.structs.replace(report, retry_after_s=wait) if report.transient else report
 
 
 def _judge_refusal(operation: Operation, reply: _Reply, code: str, at: float) -> OperationReport:
