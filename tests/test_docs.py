@@ -172,6 +172,7 @@ SECRETS = {
     "MY_TOKEN": "fedcba9876543210",
     "SLACK_BOT_TOKEN": "xoxb-" + "1" * 20,
     "PAGERDUTY_KEY": "a" * 32,
+    "SLACK_SIGNING_SECRET": "b" * 32,
     "HOOK_SECRET": "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVphYmNkZWY=",
 }
 
