@@ -1,8 +1,9 @@
 """What a second of the planner costs with 1,000 open incidents and 20 runbooks, against evaluating their conditions alone.
 
-The planner ticks every second, and a window closes every tenth; what is owed after it is spread over the ticks. Two of the runbooks' conditions are true for each incident: one plan
-waits for a person, and one is refused because its target has too much traffic. Asking every guard again each second would cost several
-times what the conditions alone do. Processor time, because the machine may be busy with other things.
+The planner ticks every second, and a window closes every tenth; what is owed after it is spread over the ticks. Two of the
+runbooks' conditions are true for each incident: one plan waits for a person, and one is refused because its target has too much
+traffic. Asking every guard again each second would cost several times what the conditions alone do. Processor time, because the
+machine may be busy with other things.
 
     python -m benchmarks planner_tick
 """
@@ -141,7 +142,7 @@ def run() -> list[dict[str, Any]]:
         _row("planner.tick_worst", max(ticks) * 1000.0, "ms", alone_s * 1000.0, 1.0),
         _row("planner.tick_quiet", quiet_s * 1000.0, "ms", alone_s * 1000.0, 0.05),
         _row("planner.news_of_all", news_s * 1000.0, "ms", alone_s * 1000.0, 2.0),
-        _row("planner.opening_of_all", opening_s * 1000.0, "ms", alone_s * 1000.0, 2.0),
+        _row("planner.opening_of_all", opening_s * 1000.0, "ms", alone_s * 1000.0, 3.0),
     ]  # fmt: skip
 
 
