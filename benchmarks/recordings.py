@@ -115,7 +115,8 @@ def differences(call: dict[str, Any], event: LlmCall | None) -> list[str]:
     return found
 
 
-def compare(folder: Path, verbose: bool = True) -> bool:
+def compare(folder: Path, verbose: bool = True) -> tuple[bool, bool]:
+    """Whether the number of calls lies within the recording's bounds, and whether every figure besides is as the bodies carry it."""
     truth = lines(folder / "truth.ndjson")
     summary = truth[-1]
     carried = summary["carried"]
@@ -141,20 +142,43 @@ def compare(folder: Path, verbose: bool = True) -> bool:
     if verbose:
         for difference in wrong:
             print("    ", *difference)
-    return ok and not wrong and not off
+    return ok, ok and not wrong and not off
 
 
-def main() -> int:
-    where = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("FLYBALL_RECORDINGS", "")
-    root = Path(where)
-    folders = sorted(p.parent for p in root.glob("*/truth.ndjson")) if where else []
-    if not folders:
+def folders_in(where: str) -> list[Path]:
+    """The recordings of a folder, or of `telemetry` within it; none, with a word about it, where there are none."""
+    found = (
+        [p.parent for part in ("", "telemetry") for p in (Path(where) / part).glob("*/truth.ndjson")]
+        if where
+        else []
+    )
+    if not found:
         print(
             "no recordings: set FLYBALL_RECORDINGS to their folder, or give it as the first argument",
             file=sys.stderr,
         )
+    return sorted(found)
+
+
+def run() -> list[dict[str, Any]]:
+    folders = folders_in(os.environ.get("FLYBALL_RECORDINGS", ""))
+    if not folders:
+        return []
+    found = [compare(folder) for folder in folders]
+    within, exact = (sum(x) / len(found) for x in zip(*found, strict=True))
+    # A gateway's recording says the names that callers used for models, the gateway those it was set up with: that is only told.
+    return [
+        {"name": f"recordings.{name}", "value": round(value, 4), "unit": "ratio", "baseline": None, "ratio": None, "bar": bar,
+         "holds": None if bar is None else value >= bar}
+        for name, value, bar in (("calls_within_bounds", within, 1.0), ("read_exactly", exact, None))
+    ]  # fmt: skip
+
+
+def main() -> int:
+    folders = folders_in(sys.argv[1] if len(sys.argv) > 1 else os.environ.get("FLYBALL_RECORDINGS", ""))
+    if not folders:
         return 0
-    good = [compare(folder) for folder in folders]
+    good = [exact for _, exact in map(compare, folders)]
     print(f"{sum(good)} of {len(good)} recordings read exactly")
     return 0 if all(good) else 1
 
