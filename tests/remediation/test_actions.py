@@ -272,6 +272,31 @@ def test_a_model_that_is_not_seen_or_fails_takes_nobody_over() -> None:
     assert refusal("cap", {"model": "small"}, incident("model:small"), itself) == "no_candidate"
 
 
+class Priced(Traffic):
+    """A tenant whose calls go to provider a, mostly; models with a price a token there."""
+
+    def __init__(self, tenant_usd: float, prices: Mapping[str, float], elsewhere: str = "") -> None:
+        at_a = [{"provider": "a", "model": m} for m in prices if m != elsewhere]
+        scopes = [{"tenant": "t3"}, {"provider": "a", "tenant": "t3"}, *at_a, *({"model": m} for m in prices)]
+        super().__init__({tuple(sorted(s.items())): 120 for s in scopes})
+        self._tenant_usd, self._prices = tenant_usd, prices
+
+    def values(self, label: str, scope: Mapping[str, str], span_s: float) -> Sequence[str]:
+        wide = [dict(k) for k in self.calls_of if scope.items() <= dict(k).items()]
+        return [k[label] for k in wide if label in k]
+
+    def usd_per_hour(self, scope: Mapping[str, str], span_s: float) -> float | None:
+        return self._prices[scope["model"]] if "model" in scope else self._tenant_usd
+
+
+def test_the_cheapest_model_is_the_one_of_least_cost_a_token_where_the_calls_go() -> None:
+    params = {"model": "cheapest"}
+    estate = Priced(400.0, {"large": 400.0, "small": 40.0, "tiny": 4.0}, elsewhere="tiny")
+    assert frozen("cap", params, estate=estate).stages == ({"model": "small"},)
+    assert refusal("cap", params, estate=Priced(50.0, {"large": 60.0, "small": 40.0})) == "no_candidate"
+    assert refusal("cap", params, estate=traffic({"tenant": "t3"})) == "unmeasured"
+
+
 # --- block ---------------------------------------------------------------------------------------------------------
 
 

@@ -24,17 +24,21 @@ MODEL_ERRORS_S: Final = 120.0
 MODEL_ERRORS: Final = 0.1
 """A model that fails more often than this takes nobody's calls over."""
 _MIN_CALLS: Final = 20
+CHEAPEST: Final = "cheapest"
+CHEAPER_BY: Final = 0.25
+"""A model that saves less of the cost of a token than this is not worth its worse answers."""
 
 
 class Cap:
     """Caps what one call may cost: no call is refused, each is made smaller. The gentlest rung of a ladder.
 
-    `model` must have been seen in live traffic within ten minutes: what nobody calls, nobody knows to work.
+    `model` must have been seen in live traffic within ten minutes: what nobody calls, nobody knows to work. `cheapest` is the one of least
+    cost per token, as live traffic tells it, at the provider that most of the calls in scope go to.
     """
 
     kind: ClassVar[str] = "cap"
     effect: ClassVar[Effect] = "cap"
-    references: ClassVar[frozenset[str]] = frozenset({ROOT_REFERENCE})
+    references: ClassVar[frozenset[str]] = frozenset({ROOT_REFERENCE, CHEAPEST})
 
     class Params(LeaseParams):
         """Written `cap: {scope: $incident.root, model: small, output_tokens: 1024, for: 30m}`."""
@@ -47,7 +51,9 @@ class Cap:
         output_tokens: Wholes = Field(
             (), description="output tokens per call at most; several are stages, falling"
         )
-        model: str = Field("", description="the model that is used instead, as events name it")
+        model: str = Field(
+            "", description="the model that is used instead: `cheapest`, or its name as in events"
+        )
 
         @field_validator("model")
         @classmethod
@@ -75,10 +81,13 @@ class Cap:
         scope = resolve(params.scope, context)
         if isinstance(scope, Refusal):
             return scope
-        refusal = _unfit(params.model, scope, context) if params.model else None
+        chosen = _cheapest(scope, context) if params.model == CHEAPEST else params.model
+        if isinstance(chosen, Refusal):
+            return chosen
+        refusal = _unfit(chosen, scope, context) if chosen else None
         if refusal is not None:
             return refusal
-        model = {"model": params.model} if params.model else {}
+        model = {"model": chosen} if chosen else {}
         return Frozen(
             scope=scope,
             stages=tuple({"output_tokens": n, **model} for n in params.output_tokens) or (model,),
@@ -91,6 +100,32 @@ class Cap:
             release="recovered",
             baseline=baseline_of(context.incident),
         )
+
+
+def _cheapest(scope: dict[str, str], context: PlanContext) -> str | Refusal:
+    """The model of least cost per token where most of the scope's calls go; clearly cheaper than what they cost now."""
+    now = _usd_per_token(scope, context)
+    providers = context.estate.values("provider", scope, MODEL_SEEN_S)
+    if now is None or not providers:
+        return Refusal("unmeasured", "what a token costs in scope is not told", {})
+    there = {"provider": providers[0]}
+    prices = [
+        (price, model)
+        for model in context.estate.values("model", there, MODEL_SEEN_S)
+        if (price := _usd_per_token({**there, "model": model}, context)) is not None
+    ]
+    price, model = min(prices, default=(now, ""))
+    if not model or price > (1.0 - CHEAPER_BY) * now:
+        return Refusal("no_candidate", f"no model at {providers[0]} costs clearly less a token", there)
+    return model
+
+
+def _usd_per_token(scope: dict[str, str], context: PlanContext) -> float | None:
+    estate = context.estate
+    usd, tokens = estate.usd_per_hour(scope, MODEL_SEEN_S), estate.tokens_per_min(scope, MODEL_SEEN_S)
+    if usd is None or not tokens or estate.calls(scope, MODEL_SEEN_S) < _MIN_CALLS:
+        return None
+    return usd / (60.0 * tokens)
 
 
 def _unfit(model: str, scope: dict[str, str], context: PlanContext) -> Refusal | None:
