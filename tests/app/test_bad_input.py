@@ -308,8 +308,9 @@ def test_a_flood_of_labels_never_seen_before_fills_tables_to_their_bound_and_no_
     half, whole, cells = _flood(FLOODS[kind], rounds=28 if kind in ("agents", "steps") else 14)
     assert cells <= 500
     for stage, size in whole.items():
-        # De-duplication has a bound of its own (a million calls, 45 bytes each), far above this flood.
-        if stage != "dedup":
+        # Two have a bound of their own, far above this flood: de-duplication a million calls of 45 bytes, the estate's list of
+        # GPUs 200,000.
+        if stage != "dedup" and (stage, kind) != ("estate", "gpus"):
             assert size <= 1.3 * half[stage] + 50_000, (stage, half[stage], size)
 
 
