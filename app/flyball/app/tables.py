@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 
-def figure(value: float | None) -> str:
-    if value is None:
-        return "-"
+def figure(value: float | str | None) -> str:
+    """A figure as people read it; a bar that is no single number says itself."""
+    if value is None or isinstance(value, str):
+        return value or "-"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
