@@ -310,7 +310,7 @@ def test_explain_says_every_guard_with_its_value(waiting: Waits) -> None:
     guards = {g["name"]: g for g in failover["guards"]}
     assert guards["when"]["ok"]
     assert [name for name, g in guards.items() if not g["ok"]] == ["mode"]
-    assert {"blast_radius", "cooldown", "lock"} <= set(guards)
+    assert {"blast", "cooldown", "lock"} <= set(guards)
     assert client.get("/v1/incidents/INC-NONE/explain").status_code == 404
 
 
