@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,12 @@ class Played:
         return [(o["runbook"], o["result"]) for o in self.of("outcome")]
 
 
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
 def played(folder: Path) -> Played:
-    done = (folder / "hook" / "done.log").read_text().splitlines()
+    done, asked = (lines(folder / "hook" / name) for name in ("done.log", "asked.log"))
     engine = open_reader(folder / "db")
     with engine.connect() as c:
         found = Played(
@@ -90,7 +94,7 @@ def played(folder: Path) -> Played:
             live=[d.id for d in acts.live_directives(c)],
             open=operations.unfinished(c),
             done=[(line.split()[0], line.split()[1]) for line in done],
-            asked=[tuple(line.split()) for line in (folder / "hook" / "asked.log").read_text().splitlines()],
+            asked=[tuple(line.split()) for line in asked],
             node=(folder / "hook" / "nodes" / NODE).read_text(),
         )
     engine.dispose()
@@ -112,10 +116,11 @@ def hook(folder: Path) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Kill:
-    """Where a life ends: at the first step that is not before `at_s`, and so much later by the clock on the wall; and how many
-    seconds of the script pass before the next one begins."""
+    """Where a life ends: at the first step that is not before `at_s`, or when it has sent the hook this many `requests` and waits for
+    the answer to the last; and so much later by the clock on the wall. `down_s` of the script pass before the next life begins."""
 
-    at_s: float
+    at_s: float = 0.0
+    requests: int = 0
     later_s: float = 0.0
     down_s: int = 0
 
@@ -127,31 +132,40 @@ def lives(folder: Path, script: Path, steps: list[Step], kills: list[Kill], seed
     with hook(folder) as url:
         for kill in [*kills, None]:
             every_s = str(chance.choice((0.5, 20.0, 1e9)))
-            child = subprocess.Popen(
-                [sys.executable, "-m", "tests.app.crash_actions_child", "govern",
-                 str(folder / "db"), str(script), every_s, url, str(left_out)],
-                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )  # fmt: skip
-            assert child.stdout is not None
+            said, errors = folder / "said", folder / "errors"
+            with said.open("w") as out, errors.open("w") as err:
+                child = subprocess.Popen(
+                    [sys.executable, "-m", "tests.app.crash_actions_child", "govern",
+                     str(folder / "db"), str(script), every_s, url, str(left_out)],
+                    cwd=ROOT, stdout=out, stderr=err,
+                )  # fmt: skip
             if kill is not None:
-                at = _until(child, START_AT + kill.at_s)
+                before = len(lines(folder / "hook" / "asked.log"))
+                eventually(
+                    lambda k=kill, c=child, n=before: c.poll() is not None or _is_due(k, folder, n),
+                    240,
+                    0.001,
+                )
                 try:
                     child.wait(kill.later_s)
                 except subprocess.TimeoutExpired:
                     child.send_signal(signal.SIGKILL)
+                at = _time(said)
                 left_out += sum(at < step.at <= at + kill.down_s for step in steps)
-            _, errors = child.communicate(timeout=240)
-            assert child.returncode in (0, -signal.SIGKILL), errors[-3000:]
+            assert child.wait(240) in (0, -signal.SIGKILL), errors.read_text()[-3000:]
     return played(folder)
 
 
-def _until(child: subprocess.Popen[str], at: float) -> float:
-    """Reads along until the script's time is `at`; the time that it is then."""
-    assert child.stdout is not None
-    for line in child.stdout:
-        if float(line.split()[1]) >= at:
-            return float(line.split()[1])
-    return at
+def _is_due(kill: Kill, folder: Path, asked_before: int) -> bool:
+    if kill.requests:
+        return len(lines(folder / "hook" / "asked.log")) >= asked_before + kill.requests
+    return _time(folder / "said") >= START_AT + kill.at_s
+
+
+def _time(said: Path) -> float:
+    """The script's time when the last whole line was said."""
+    whole = said.read_text().rpartition("\n")[0]
+    return float(whole.rpartition("\n")[2].split()[1]) if whole else 0.0
 
 
 def check(found: Played) -> None:
@@ -185,22 +199,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Step], Path, P
     return steps, path, lives(folder, path, steps, [], 0)
 
 
-def moments(found: Played, *kinds: str) -> list[float]:
-    """When something was reserved, judged or let go, in whole seconds of the script."""
-    return sorted({float(int(line["at"] - START_AT)) for line in found.ledger if line["kind"] in kinds})
-
-
 def some_kills(found: Played, n: int, seed: int) -> list[Kill]:
     """Half of them while a request to the hook is under way, the others where a lease or an outcome changes, or anywhere between the
     first reservation and the last verification."""
     chance = random.Random(seed)
-    asked, changed = moments(found, "operation"), moments(found, "directive", "outcome")
-    verified = [line["at"] - START_AT for line in found.ledger if line["body"].get("result") == "verified"]
-    points = [
-        chance.choice(asked) if i % 2 else chance.choice((chance.choice(changed), chance.uniform(changed[0], max(verified))))
-        for i in range(n)
-    ]  # fmt: skip
-    return [Kill(at, chance.uniform(0, 0.2)) for at in sorted(points)]
+    changed = [line["at"] - START_AT for line in found.ledger if line["kind"] in ("directive", "outcome")]
+    points = [chance.choice((chance.choice(changed), chance.uniform(75, 200))) for _ in range(n - n // 2)]
+    kills = [Kill(at_s=at, later_s=chance.uniform(0, 0.2)) for at in sorted(points)]
+    for _ in range(n // 2):
+        under_way = Kill(requests=chance.choice((1, 2, 2, 3)), later_s=chance.uniform(0, 0.05))
+        kills.insert(chance.randrange(len(kills) + 1), under_way)
+    return kills
 
 
 def test_uninterrupted_both_are_verified_let_go_and_undone(whole: tuple[list[Step], Path, Played]) -> None:
@@ -223,7 +232,19 @@ def test_what_ran_out_while_flyball_was_dead_is_not_in_force_when_it_is_back(
 ) -> None:
     """Killed with the lease granted and the operation done; back five minutes of the script later."""
     steps, path, _ = whole
-    check(lives(tmp_path, path, steps, [Kill(110.0, down_s=300)], 1))
+    check(lives(tmp_path, path, steps, [Kill(at_s=110.0, down_s=300)], 1))
+
+
+def test_kills_while_the_hook_is_asked(whole: tuple[list[Step], Path, Played], tmp_path: Path) -> None:
+    """First during the dry run, which is made again; then during the start, which is not sent again: the hook is asked what came of it."""
+    steps, path, _ = whole
+    found = lives(tmp_path, path, steps, [Kill(requests=1), Kill(requests=2)], 2)
+    check(found)
+    assert [what for _, what in found.done] == ["drain", "undo"]
+    sent = [(verb, attempt, dry) for _, verb, attempt, dry in found.asked]
+    assert sent == [
+        ("start", "1", "True"), ("start", "2", "True"), ("start", "1", "False"), ("undo", "1", "False"),
+    ]  # fmt: skip
 
 
 @pytest.mark.soak
@@ -235,5 +256,5 @@ def test_a_hundred_kills_at_random_points(
     steps, path, uninterrupted = whole
     kills = some_kills(uninterrupted, 10, 100 + seed)
     if seed % 4 == 3:
-        kills = [Kill(k.at_s, k.later_s, down_s=random.Random(seed).randrange(5, 60)) for k in kills]
+        kills = [replace(k, down_s=7 * (n % 3)) for n, k in enumerate(kills)]
     check(lives(tmp_path, path, steps, kills, seed))
