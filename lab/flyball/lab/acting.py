@@ -355,7 +355,9 @@ def _rows(name: str, found: Sequence[Acted], *, acts: bool, failing: str = "") -
         return rows
     rows.append(at_most(f"{name}.pages_per_incident", _mean([r.pages for r in found]), "pages", 1.0))
     if failing in _DOES_NOTHING:
-        rows.append(at_most(f"{name}.false_proofs", float(sum(r.false_proofs for r in found)), "actions", 0.0))
+        rows.append(
+            at_most(f"{name}.false_proofs", float(sum(r.false_proofs for r in found)), "actions", 0.0)
+        )
     if not failing:
         rows.append(at_least(f"{name}.acted", _mean([float(r.runs > 0) for r in found]), "ratio", 1.0))
         rows.append(at_least(f"{name}.verified", _mean([float(r.verified > 0) for r in found]), "ratio", 1.0))

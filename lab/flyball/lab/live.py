@@ -64,6 +64,8 @@ class LiveLab:
     transport: httpx.AsyncBaseTransport | None = None
     clock: Callable[[], float] = time.time
     pause: Callable[[float], Any] = asyncio.sleep
+    on_live: Callable[[], object] = lambda: None
+    """Called once, when the history is sent."""
     directives: list[Directive] = field(default_factory=list)
     applied: dict[str, int] = field(default_factory=dict)
     _etag: str = ""
@@ -99,6 +101,7 @@ class LiveLab:
             while sim.now < start:
                 # In slices, so that the senders' bodies interleave as they would have.
                 problem = await self._post(client, sim, min(sim.now + HISTORY_STEP_S, start))
+            self.on_live()
             while True:
                 now = min(self.clock(), start + duration_s)
                 problem = (

@@ -27,17 +27,20 @@ def add_to(app: typer.Typer) -> None:
 
 
 def demo(
-    seconds: Annotated[float, typer.Option(min=40, help="How long it runs.")] = 105.0,
+    seconds: Annotated[
+        float, typer.Option(min=60, help="How long it runs after its history is sent, of your time.")
+    ] = 70.0,
     seed: Annotated[int, typer.Option(help="Another seed is another day.")] = 1,
     keep: Annotated[Path | None, typer.Option(help="Keep the data in this folder.", show_default="")] = None,
 ) -> None:
-    """The main job, live: a simulated estate, three faults, incidents with their evidence, a lease granted, verified and released.
+    """The main job, live: a simulated estate and three troubles: a provider fails, a tenant burns money, an agent loops. Each becomes an
+    incident with its evidence, is acted on, verified and let go. Exit code 0 when all of it was shown.
 
     Examples:
 
       flyball demo
 
-      flyball demo --seconds 60 --keep demo-data
+      flyball demo --seconds 120 --keep demo-data
     """
     from flyball.app.demo import run_demo
 
