@@ -64,6 +64,46 @@ def test_wild_quiet_spend_wakes_nobody() -> None:
     assert on(detector.feed(windows)) == []
 
 
+def kinds(rng: np.random.Generator, times: int = 1) -> list[Calls]:
+    """A window of a small tenant: cheap calls, and now and then one that costs fifty times as much."""
+    cheap, dear = rng.poisson(4.0) * times, rng.poisson(0.3) * times
+    made = [calls(int(cheap), app="complete", tenant="t9", cost_usd=0.001)] if cheap else []
+    usd = float(np.exp(rng.normal(-3.0, 1.0)))
+    return made + ([calls(int(dear), app="shop", tenant="t9", cost_usd=usd)] if dear else [])
+
+
+def test_a_burn_is_found_although_a_few_dear_calls_make_most_of_the_spend() -> None:
+    rng, traffic, detector = np.random.default_rng(3), Traffic(), Spend()
+    assert on(detector.feed([traffic.window(*kinds(rng)) for _ in range(300)])) == []
+    began = traffic.now
+    found = on(detector.feed([traffic.window(*kinds(rng, 15)) for _ in range(30)]))
+    assert found[0].labels == {"tenant": "t9"}
+    assert found[0].at - began <= 260.0
+    share = found[0].evidence["split_calls"]
+    assert isinstance(share, float) and share > 0.5
+
+
+def test_calls_that_only_came_together_are_no_burn() -> None:
+    rng, traffic, detector = np.random.default_rng(4), Traffic(), Spend()
+    windows = [traffic.window(*kinds(rng, 12 if i % 60 in (29, 30, 31) else 1)) for i in range(900)]
+    assert on(detector.feed(windows)) == []
+
+
+def test_a_run_of_an_agent_is_no_burn_of_the_small_tenant_that_started_it() -> None:
+    rng, traffic, detector = np.random.default_rng(5), Traffic(), Spend()
+    elsewhere = [calls(3, app="bot", agent="coder", tenant=f"t{i}", cost_usd=0.1) for i in range(20, 28)]
+    detector.feed([traffic.window(*kinds(rng), *elsewhere) for _ in range(300)])
+    run = calls(3, app="bot", agent="coder", tenant="t9", cost_usd=0.2)
+    assert on(detector.feed([traffic.window(*kinds(rng), *elsewhere, run) for _ in range(60)])) == []
+
+
+def test_many_runs_of_an_agent_at_once_are_a_burn_of_the_agent() -> None:
+    traffic, detector = Traffic(), Spend()
+    detector.feed(traffic.windows(300, calls(8, app="bot", agent="coder", cost_usd=0.1)))
+    found = on(detector.feed(traffic.windows(36, calls(80, app="bot", agent="coder", cost_usd=0.1))))
+    assert [a.labels for a in found] == [{"app": "bot", "agent": "coder"}]
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 300), st.sampled_from([0.001, 0.01, 0.3])), min_size=10, max_size=40),

@@ -231,6 +231,8 @@ class Reading:
         cov, elasticity: x falls by `elasticity` * (cov - its own normal) before it is judged; NaN = not told.
         may_alarm: bool[n], rows that meet whatever else the detector asks for.
         extra_nats: float64[n], further evidence, independent of x.
+        other_nats: float64[n], what another statistic has gathered about the same departure, however it depends on x: the score
+            is the mixture of both.
         offset: float64[n], what was taken off ln(value): added again to what is shown.
     """
 
@@ -242,6 +244,7 @@ class Reading:
     elasticity: float = 0.0
     may_alarm: Bools | None = None
     extra_nats: Floats | None = None
+    other_nats: Floats | None = None
     offset: Floats | None = None
 
 
@@ -280,6 +283,9 @@ def judge_parts(
 
     begins = (s[_AT["m0"]] <= 0) & (s[_AT["m1"]] <= 0)
     score = _gather(s, d, variance, warm, threshold, [r.extra_nats for _, _, r in parts], params)
+    others = _joined([r.other_nats for _, _, r in parts])
+    if others is not None:
+        score = np.logaddexp(score, others) - np.log(2.0)
     blend = c / (c + np.float32(params.blend_calls))
     recent = s[_AT["recent"]]
     recent += blend * (d - recent)
