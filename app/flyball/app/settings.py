@@ -34,6 +34,8 @@ from flyball.remediation.hooks import HookSettings
 from flyball.remediation.notifiers import NotifySettings
 from flyball.remediation.notifiers._settings import with_secrets
 from flyball.runbooks.yaml_nodes import Document, parse
+from flyball.streams.kafka.config import KafkaConfig, SaslMechanism, SecurityProtocol
+from flyball.streams.kafka.topics import TAKEN_IN
 from flyball.streams.labels import LabelRules
 
 Mode = Literal["observe", "suggest", "approve", "auto"]
@@ -41,11 +43,11 @@ Positive = Annotated[float, Field(gt=0)]
 
 PREFIX: Final = "FLYBALL_"
 OTHER_VARIABLES: Final = frozenset(
-    {"FLYBALL_URL", "FLYBALL_TOKEN", "FLYBALL_RECORDINGS", "FLYBALL_REQUIRE_SERVERS"}
+    {"FLYBALL_URL", "FLYBALL_TOKEN", "FLYBALL_RECORDINGS", "FLYBALL_REQUIRE_SERVERS", "FLYBALL_TEST_KAFKA"}
     | {f"FLYBALL_POINT_{name}" for name in ("NAME", "KEEP", "LIMIT_SHARE", "GROUPS", "LABELS")}
 )
 """Variables of ours that are no settings: the command line's client, the benchmarks, the tests, the LiteLLM guard."""
-_SECRET: Final = frozenset({"tokens", "hash_key", "notify", "hooks", "slack"})
+_SECRET: Final = frozenset({"tokens", "hash_key", "notify", "hooks", "slack", "kafka"})
 """Settings whose values are never shown, because secrets stand in them."""
 _SERVICE_LINK: Final = re.compile(r"FLYBALL_(\w+_)?(PORT|SERVICE)(_\w+)?")
 """What Kubernetes sets in every pod for a service that is called flyball."""
@@ -138,6 +140,78 @@ class RetentionSettings(BaseModel):
     )
 
 
+class KafkaSettings(BaseModel):
+    """Apache Kafka. `kafka: HOST:PORT` and `FLYBALL_KAFKA=HOST:PORT` set the address alone; the other variables are `FLYBALL_KAFKA_NAME`."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    bootstrap: str = Field(
+        "", description="`host:port` of the cluster, several between commas; empty means without Kafka."
+    )
+    security_protocol: SecurityProtocol = Field(
+        "PLAINTEXT", description="How the brokers' listener is protected."
+    )
+    sasl_mechanism: SaslMechanism | None = Field(None, description="How the password is proven, with SASL.")
+    sasl_username: str = Field("", description="Name, with SASL.")
+    sasl_password: SecretStr = Field(SecretStr(""), description="Password, with SASL.")
+    ca_file: Path | None = Field(
+        None,
+        description="PEM file with the authorities to trust, with SSL; default is the system's.",
+    )
+    prefix: str = Field(
+        "flyball.",
+        description="What the names of all topics begin with; two Flyballs on one cluster need two.",
+    )
+    partitions: int = Field(
+        8,
+        ge=1,
+        le=10_000,
+        description="Partitions of the topics that events come in by, and so how many workers can share them. Never made fewer.",
+    )
+    replication: int = Field(
+        -1,
+        ge=-1,
+        le=100,
+        description="Copies of each topic that `flyball topics create` makes; -1 is the broker's default.",
+    )
+    formats: dict[str, str] = Field(
+        default_factory=dict,
+        description="Format of a topic's values where a record's header does not say it, by the topic's name without prefix: "
+        "`{llm-calls: litellm}`; default `native`.",
+    )
+
+    @field_validator("bootstrap", mode="after")
+    @classmethod
+    def _without_scheme(cls, value: str) -> str:
+        return value.strip().removeprefix("kafka://")
+
+    @model_validator(mode="after")
+    def _can_work(self) -> KafkaSettings:
+        unknown = sorted(set(self.formats) - set(TAKEN_IN))
+        if unknown:
+            raise ValueError(
+                f"formats: no event comes in by topic {unknown[0]!r}{did_you_mean(unknown[0], TAKEN_IN)}"
+            )
+        if self.bootstrap:
+            try:
+                self.config()
+            except ConfigError as e:
+                raise ValueError(e.what) from e
+        return self
+
+    def config(self) -> KafkaConfig:
+        """What the clients are given. Raises: ConfigError where no address is set."""
+        return KafkaConfig(
+            bootstrap=self.bootstrap,
+            security_protocol=self.security_protocol,
+            sasl_mechanism=self.sasl_mechanism or "",
+            sasl_username=self.sasl_username,
+            sasl_password=self.sasl_password.get_secret_value(),
+            ca_file=str(self.ca_file or ""),
+            prefix=self.prefix,
+        )
+
+
 class Settings(BaseSettings):
     """Flyball's settings. A wrong one stops start-up, with one message that lists all that are wrong."""
 
@@ -196,6 +270,7 @@ class Settings(BaseSettings):
     slack: SlackSettings | None = Field(
         None, description="Buttons in Slack; `POST /v1/slack` is the address to give to Slack."
     )
+    kafka: KafkaSettings = Field(default_factory=KafkaSettings, description="Apache Kafka, where it is used.")
     limits: LimitSettings = Field(
         default_factory=LimitSettings, description="How much is taken before 413 or 429."
     )
@@ -263,13 +338,23 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _nested(name: str) -> str:
+    """`flyball_kafka` → `flyball_kafka__bootstrap`, `flyball_kafka_ca_file` → `flyball_kafka__ca_file`; others as they are."""
+    head, _, rest = name.partition("flyball_kafka")
+    if head or not name.startswith("flyball_kafka"):
+        return name
+    if not rest:
+        return "flyball_kafka__bootstrap"
+    return f"flyball_kafka__{rest[1:]}" if rest[1:] in KafkaSettings.model_fields else name
+
+
 class _Variables(EnvSettingsSource):
     """`FLYBALL_…` variables. Lists and groups are JSON; `FLYBALL_RUNBOOKS` may also be paths between colons or commas."""
 
     environ: ClassVar[Mapping[str, str]] = os.environ
 
     def _load_env_vars(self) -> Mapping[str, str | None]:
-        return {name.lower(): value for name, value in self.environ.items()}
+        return {_nested(name.lower()): value for name, value in self.environ.items()}
 
     def prepare_field_value(self, field_name: str, field: Any, value: Any, value_is_complex: bool) -> Any:
         if field_name == "runbooks" and isinstance(value, str) and not value.lstrip().startswith("["):
@@ -308,6 +393,9 @@ def load(
     document = _read(config) if config is not None else None
     content = with_secrets(document.root.plain(), environ, str(config)) if document else {}
     given = {k: v for k, v in overrides.items() if v is not None}
+    for of in (content, given):
+        if isinstance(of.get("kafka"), str):  # the address alone; merges with what other sources say
+            of["kafka"] = {"bootstrap": of["kafka"]}
     _File.content.clear()
     _File.content.update(content)
     _Variables.environ = environ
@@ -345,20 +433,25 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     for name in sorted(environ):
         if not name.startswith(PREFIX) or name in OTHER_VARIABLES or _SERVICE_LINK.fullmatch(name):
             continue
-        head = name.removeprefix(PREFIX).lower().partition("__")[0]
+        head = _nested(name.lower()).removeprefix(PREFIX.lower()).partition("__")[0]
         if head not in Settings.model_fields:
             known = [PREFIX + field.upper() for field in Settings.model_fields]
+            known += [f"{PREFIX}KAFKA_{field.upper()}" for field in KafkaSettings.model_fields]
             found.append(f"{name} sets nothing{did_you_mean(name, known)}")
     return found
 
 
 def _variable_of(path: tuple[int | str, ...]) -> str:
     """The variable that sets this value or a group around it; empty when none does."""
-    names = {name.upper() for name in _Variables.environ}
+    names = {_nested(name.lower()).upper(): name for name in _Variables.environ}
+    if path == ("kafka",):  # a rule over several of the group's
+        return ", ".join(
+            sorted(name for nested, name in names.items() if nested.startswith("FLYBALL_KAFKA__"))
+        )
     for depth in range(len(path), 0, -1):
         name = f"{PREFIX}{'__'.join(map(str, path[:depth]))}".upper()
         if name in names:
-            return name
+            return names[name]
     return ""
 
 
@@ -371,7 +464,7 @@ def _told(error: ErrorDetails, document: Document | None, given: set[str]) -> li
     unknown = error["type"] == "extra_forbidden"
     source = "default"
     if head in given:
-        source = "command line"
+        source = ", ".join(filter(None, ["command line", _variable_of(path) if head == "kafka" else ""]))
     elif variable := _variable_of(path):
         source = variable
     elif document is not None:
