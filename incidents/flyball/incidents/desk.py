@@ -131,12 +131,13 @@ class Desk(Book):
             else:
                 self._tell(case, text, loud=True)
         else:
-            self._let_go(case, text)
+            self._let_go(case, text, recovered=change.reason == "recovered")
 
-    def _let_go(self, case: Case, text: str) -> None:
-        """The last directive ended. While the trouble goes on the incident is open again, and people should know."""
+    def _let_go(self, case: Case, text: str, *, recovered: bool) -> None:
+        """The last directive ended. While detectors still hold the incident it is open again, and people should know."""
         if not case.live_effects() and case.holding() and allowed(case.incident.state, Step.EASE):
-            self._step(case, Step.EASE, f"{text}; the trouble goes on", loud=True)
+            goes_on = "open until its signals are quiet" if recovered else "the trouble goes on"
+            self._step(case, Step.EASE, f"{text}; {goes_on}", loud=True)
         else:
             self._tell(case, text, loud=True)
 
