@@ -1,0 +1,66 @@
+"""The three ways to a real Kafka: an address that is given, jars from Maven Central, a container."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flyball.streams.kafka.config import KafkaConfig
+from tests.servers.kafka_broker import CannotStart, Cluster, running_cluster
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Kafka:
+    """A broker that tests share. Nobody stops or pauses it; tests keep apart by the prefix of their topics."""
+
+    bootstrap: str
+    way: str
+    cluster: Cluster | None = field(default=None, repr=False)
+
+    def config(self, prefix: str = "") -> KafkaConfig:
+        """A client's configuration, by default with a prefix that nobody else has."""
+        return KafkaConfig(self.bootstrap, prefix=prefix or self.new_prefix())
+
+    def new_prefix(self) -> str:
+        return f"t{uuid.uuid4().hex[:8]}-{next(_numbers)}."
+
+
+@contextlib.contextmanager
+def by_address(folder: Path) -> Iterator[Kafka]:
+    address = os.environ.get("FLYBALL_TEST_KAFKA", "")
+    if not address:
+        raise CannotStart("FLYBALL_TEST_KAFKA is not set")
+    yield Kafka(address, "address")
+
+
+@contextlib.contextmanager
+def by_jars(folder: Path) -> Iterator[Kafka]:
+    with running_cluster(folder) as cluster:
+        yield Kafka(cluster.bootstrap, "jars", cluster)
+
+
+WAYS = {"address": by_address, "jars": by_jars}
+"""In the order in which they are tried."""
+
+
+@contextlib.contextmanager
+def any_kafka(folder: Path) -> Iterator[Kafka]:
+    """The first way that works. Raises: CannotStart with the reasons of all."""
+    reasons = []
+    with contextlib.ExitStack() as stack:
+        for name, way in WAYS.items():
+            try:
+                found = stack.enter_context(way(folder))
+            except CannotStart as e:
+                reasons.append(f"{name}: {e}")
+                continue
+            yield found
+            return
+    raise CannotStart("; ".join(reasons))
