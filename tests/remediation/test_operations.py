@@ -170,6 +170,26 @@ def test_a_start_is_sent_again_only_after_a_certain_no_and_only_so_often() -> No
     assert told(w, "not_reached", T0 + 17.0) == "not_accepted"
 
 
+@pytest.mark.parametrize(
+    ("status", "turn", "state"),
+    [
+        ("ambiguous", "ambiguous", "unclear"),
+        ("accepted", "", "accepted"),
+        ("succeeded", "applied", "applied"),
+        ("failed_not_applied", "failed", "done"),
+        ("not_reached", "", "backoff"),
+    ],
+)
+def test_a_start_that_was_to_be_sent_again_is_not_once_somebody_says_what_came_of_it(
+    status: str, turn: str, state: str
+) -> None:
+    w = work(retry=Retry(count=2, backoff_s=5.0))
+    told(w, "not_reached", T0)
+    assert told(w, status, T0 + 1.0) == turn
+    assert w.state == state
+    assert (w.tick(T0 + 5.0).turn == "due") == (state == "backoff")
+
+
 def test_a_hook_that_asks_to_wait_is_waited_for() -> None:
     w = work(retry=Retry(count=1, backoff_s=5.0))
     told(w, "rejected", T0, transient=True, retry_after_s=30.0)

@@ -191,15 +191,19 @@ class Work(msgspec.Struct):
         return Turned("not_accepted", f"dry_run_{_word(report)}")
 
     def _started(self, report: OperationReport, now: float) -> Turned:
-        status, live = report.status, self.state in ("reserved", "accepted")
-        if self.state in ("applied", "backoff") or self.order.verb == "undo":
+        # Whoever says of an attempt that was to be repeated what came of it did receive it: it is not repeated.
+        status, live = report.status, self.state in ("reserved", "backoff", "accepted")
+        if self.state == "applied" or self.order.verb == "undo":
             return _NOTHING
-        if status == "accepted":
-            if self.state == "reserved":
-                self.state = "accepted"
+        if self.state == "backoff" and _not_now(report):
             return _NOTHING
         if status == "not_reached" and self.state == "accepted":
             return _NOTHING  # it was received: the two crossed
+        self.retry_at = None if self.state == "backoff" else self.retry_at
+        if status == "accepted":
+            if self.state in ("reserved", "backoff"):
+                self.state = "accepted"
+            return _NOTHING
         if status == "ambiguous":
             if not live:
                 return _NOTHING
