@@ -24,6 +24,7 @@ class Topic:
         retention_s: least age that records reach; 0 where `compact` keeps them.
         taken_in: events of others come in here, in the format that `kafka.formats` names.
         max_message_bytes: 0 means the broker's default (1 MB).
+        stamped: records carry the broker's time instead of the sender's.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Topic:
     retention_s: int = 7 * _DAY_S
     taken_in: bool = False
     max_message_bytes: int = 0
+    stamped: bool = False
 
     def settings(self) -> dict[str, str]:
         """The topic's configuration in the broker's words."""
@@ -46,6 +48,8 @@ class Topic:
             found["min.cleanable.dirty.ratio"] = "0.2"
         if self.max_message_bytes:
             found["max.message.bytes"] = str(self.max_message_bytes)
+        if self.stamped:
+            found["message.timestamp.type"] = "LogAppendTime"
         return found
 
 
@@ -64,6 +68,7 @@ TOPICS: Final = {
         Topic("state", "snapshots of the window stage, by source partition", None, "compact", 0, max_message_bytes=MAX_MESSAGE_BYTES),
         Topic("late", "events that came after their window was closed", 1),
         Topic("dead-letters", "what could not be taken, with its bytes and why", 1, retention_s=14 * _DAY_S, max_message_bytes=MAX_MESSAGE_BYTES),
+        Topic("clock", "one record for each time that `flyball doctor` compares clocks", 1, retention_s=_HOUR_S, stamped=True),
     )
 }  # fmt: skip
 """By name without prefix, in the order in which events pass them."""
