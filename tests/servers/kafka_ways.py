@@ -16,6 +16,11 @@ from tests.servers.kafka_broker import CannotStart, Cluster, running_cluster
 _numbers = itertools.count(1)
 
 
+def new_prefix() -> str:
+    """Of topic names that no other test has."""
+    return f"t{uuid.uuid4().hex[:8]}-{next(_numbers)}."
+
+
 @dataclass(frozen=True)
 class Kafka:
     """A broker that tests share. Nobody stops or pauses it; tests keep apart by the prefix of their topics."""
@@ -26,10 +31,7 @@ class Kafka:
 
     def config(self, prefix: str = "") -> KafkaConfig:
         """A client's configuration, by default with a prefix that nobody else has."""
-        return KafkaConfig(self.bootstrap, prefix=prefix or self.new_prefix())
-
-    def new_prefix(self) -> str:
-        return f"t{uuid.uuid4().hex[:8]}-{next(_numbers)}."
+        return KafkaConfig(self.bootstrap, prefix=prefix or new_prefix())
 
 
 @contextlib.contextmanager
