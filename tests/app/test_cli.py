@@ -69,6 +69,8 @@ def test_init_writes_settings_that_load_and_a_runbook_that_is_accepted(tmp_path:
         == "provider-failover"
     )
     assert "GENERIC_LOGGER_ENDPOINT" in done.stdout
+    elsewhere = run("doctor", "--config", str(tmp_path / "flyball.yaml"), cwd=tmp_path.parent)
+    assert "bad" not in elsewhere.stdout, elsewhere.stdout
     again = run("init", cwd=tmp_path)
     assert again.returncode == 2
     assert "--force" in again.stderr

@@ -198,3 +198,22 @@ def test_the_port_that_kubernetes_sets_for_a_service_is_explained() -> None:
     environ: dict[str, str] = {}
     environ["FLYBALL_PORT"] = "tcp://10.0.0.1:4390"
     assert "enableServiceLinks" in refusal(environ=environ)
+
+
+def test_paths_of_the_settings_file_count_from_the_file(tmp_path: Path) -> None:
+    config = tmp_path / "etc" / "flyball.yaml"
+    config.parent.mkdir()
+    config.write_text(
+        "data: state\nrunbooks: [books, /srv/books]\nnotify: {templates: texts}\nkafka: {ca_file: ca.pem}\n"
+    )
+    settings = load(config, environ={})
+    assert settings.data == config.parent / "state"
+    assert settings.runbooks == [config.parent / "books", Path("/srv/books")]
+    assert settings.notify.templates == config.parent / "texts"
+    assert settings.kafka.ca_file == config.parent / "ca.pem"
+
+
+def test_paths_of_the_command_line_count_from_where_one_stands(tmp_path: Path) -> None:
+    config = tmp_path / "flyball.yaml"
+    config.write_text("data: state\n")
+    assert load(config, environ={}, data=Path("here")).data == Path("here")

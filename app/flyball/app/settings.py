@@ -392,6 +392,8 @@ def load(
     """
     document = _read(config) if config is not None else None
     content = with_secrets(document.root.plain(), environ, str(config)) if document else {}
+    if config is not None:
+        content = _beside(content, config.parent)
     given = {k: v for k, v in overrides.items() if v is not None}
     for of in (content, given):
         if isinstance(of.get("kafka"), str):  # the address alone; merges with what other sources say
@@ -408,6 +410,23 @@ def load(
         _Variables.environ = os.environ
     count = f"{len(lines)} settings are wrong" if len(lines) > 1 else "one setting is wrong"
     raise ConfigError(f"{count}:\n" + "\n".join(f"  {line}" for line in lines))
+
+
+def _beside(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Relative paths of a file count from the file, so that it means the same wherever Flyball is started."""
+
+    def placed(value: Any) -> Any:
+        return str(folder / value) if isinstance(value, str) else value
+
+    found = dict(content)
+    if "data" in found:
+        found["data"] = placed(found["data"])
+    if isinstance(found.get("runbooks"), list):
+        found["runbooks"] = [placed(v) for v in found["runbooks"]]
+    for group, name in (("notify", "templates"), ("kafka", "ca_file")):
+        if isinstance(found.get(group), dict) and name in found[group]:
+            found[group] = found[group] | {name: placed(found[group][name])}
+    return found
 
 
 def _read(config: Path) -> Document | None:
