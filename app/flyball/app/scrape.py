@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import structlog
 
-from flyball.app.embedded import Embedded, Overloaded
+from flyball.app.intake import Intake
 from flyball.app.settings import ScrapeTarget, Settings
-from flyball.core.errors import NotAccepted
+from flyball.app.writer import Overloaded
+from flyball.core.errors import EffectError
 from flyball.streams.formats._options import FormatOptions
 from flyball.streams.formats.prometheus import Prometheus
 from flyball.streams.sources.scrape import scrape
@@ -19,18 +21,18 @@ from flyball.streams.sources.scrape import scrape
 _log = structlog.get_logger(__name__)
 
 
-def scrapes(runtime: Embedded, settings: Settings) -> Iterator[Coroutine[None, None, None]]:
+def scrapes(intake: Intake[Any], settings: Settings) -> Iterator[Coroutine[None, None, None]]:
     format = Prometheus(FormatOptions(labels=settings.labels, hash_key=b""))
     for target in settings.scrape:
-        yield _scrape_for_ever(runtime, format, target)
+        yield _scrape_for_ever(intake, format, target)
 
 
-async def _scrape_for_ever(runtime: Embedded, format: Prometheus, target: ScrapeTarget) -> None:
+async def _scrape_for_ever(intake: Intake[Any], format: Prometheus, target: ScrapeTarget) -> None:
     name = target.deployment or urlsplit(target.url).netloc
     failing = False
     async with httpx.AsyncClient() as client:
         while True:
-            at = runtime.clock.now()
+            at = intake.clock.now()
             try:
                 decoded = await scrape(
                     client,
@@ -39,12 +41,12 @@ async def _scrape_for_ever(runtime: Embedded, format: Prometheus, target: Scrape
                     lambda page, at=at: format.decode_at(page, at, name),  # type: ignore[misc]
                 )
                 if decoded.events:
-                    stored = runtime.ingest(decoded.events, f"scrape@{name}", at, format="prometheus")
+                    stored = intake.ingest(decoded.events, f"scrape@{name}", at, format="prometheus")
                     await asyncio.wrap_future(stored)
                 if failing:
                     _log.info("scrape.recovered", url=target.url)
                 failing = False
-            except (NotAccepted, Overloaded) as e:
+            except (EffectError, Overloaded) as e:
                 # Said once per outage, not every 15 s; silence of the target is judged by the detectors.
                 if not failing:
                     _log.warning("scrape.failed", url=target.url, why=str(e))

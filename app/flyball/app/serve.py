@@ -31,7 +31,7 @@ from flyball.core.errors import ConfigError
 
 _TICK_S: Final = 1.0
 _TRIM_S: Final = 60.0
-_GRACE_S: Final = 10
+GRACE_S: Final = 10
 """Seconds that requests may take to end once the process is told to stop."""
 SWITCH_INTERVAL_S: Final = 0.002
 """Python's is 5 ms. Shorter, and the threads spend their time handing over; longer, and answers wait while windows close."""
@@ -54,15 +54,22 @@ def make_runtime(settings: Settings) -> Embedded:
 
 
 def serve(settings: Settings) -> int:
-    """Runs until SIGTERM or Ctrl-C. Returns the exit code: 0 when everything taken was also processed.
+    """Runs until SIGTERM or Ctrl-C; with Kafka, writes to its topics. Returns the exit code: 0 when everything taken was also processed.
 
     Raises: ConfigError when the port is taken, the data folder cannot be used, or a runbook is refused.
     """
+    if settings.kafka.bootstrap:
+        from flyball.streams.kafka import require_clients
+
+        require_clients()
+        from flyball.app.serve_ingest import serve_ingest
+
+        return serve_ingest(settings)
     configure_logging()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     for told in unknown_variables(os.environ):
         _log.warning("variable.unknown", what=told)
-    listener = _listen(settings.host, settings.port)
+    listener = listen(settings.host, settings.port)
     try:
         runtime = make_runtime(settings)
     except ConfigError:
@@ -74,9 +81,9 @@ def serve(settings: Settings) -> int:
     background = Background(runtime, settings, watch)
     app = create_app(runtime, formats, settings, background.run, watch)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=_GRACE_S
+        app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=GRACE_S
     )
-    server = _Server(config, runtime)
+    server = Server(config, runtime.board.close)
     runtime.on_failure = background.on_failure = partial(setattr, server, "should_exit", True)
     port = listener.getsockname()[1]
     _log.info(
@@ -94,7 +101,7 @@ def serve(settings: Settings) -> int:
     return 0 if drained and server.started else 1
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """The socket, before anything else is touched. Raises: ConfigError when the address cannot be had."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -113,15 +120,16 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Stops on SIGTERM and Ctrl-C and then *returns*, so that the runtime is drained; uvicorn's own would raise the signal again.
 
-    Lets go of long polls as soon as it is told to stop, so that stopping does not wait for them.
+    Args:
+        stopping: called as soon as it is told to stop: lets go of long polls, and of what else requests wait for.
     """
 
-    def __init__(self, config: uvicorn.Config, runtime: Embedded) -> None:
+    def __init__(self, config: uvicorn.Config, stopping: Callable[[], None] | None = None) -> None:
         super().__init__(config)
-        self._runtime = runtime
+        self._stopping = stopping or _nothing
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -134,7 +142,7 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._runtime.board.close()
+        self._stopping()
         await super().shutdown(sockets)
 
 

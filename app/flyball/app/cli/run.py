@@ -21,6 +21,13 @@ def run(
         Path | None, typer.Option(help="Folder of the database.", show_default="flyball-data")
     ] = None,
     runbooks: Runbooks = None,
+    kafka: Annotated[
+        str | None,
+        typer.Option(
+            help="`HOST:PORT` of an Apache Kafka cluster: events are written to its topics, and workers do the rest.",
+            metavar="ADDRESS",
+        ),
+    ] = None,
     mode: Annotated[
         str | None,
         typer.Option(
@@ -36,9 +43,13 @@ def run(
       flyball run
 
       flyball run --port 4390 --data /var/lib/flyball --config flyball.yaml --mode auto
+
+      flyball run --kafka kafka-1:9092,kafka-2:9092
     """
     from flyball.app.serve import serve
     from flyball.app.settings import load
 
-    settings = load(config, host=host, port=port, data=data, runbooks=runbooks or None, mode=mode)
+    settings = load(
+        config, host=host, port=port, data=data, runbooks=runbooks or None, mode=mode, kafka=kafka
+    )
     raise typer.Exit(serve(settings))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
@@ -15,14 +15,14 @@ from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsSer
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
-from flyball.app.embedded import Embedded
 from flyball.app.http.answers import json_response
 from flyball.app.http.auth import Auth
 from flyball.app.http.body import decompress, read_body
+from flyball.app.intake import Intake
 from flyball.app.scrub import scrub
 from flyball.app.settings import Settings
 from flyball.app.store.rows import DeadLetter
-from flyball.core.codec import encode_events
+from flyball.core.events import Event
 from flyball.core.ports import Decoded, Format, Rejected
 
 _ON_LOOP_BYTES: Final = 64 << 10
@@ -31,25 +31,34 @@ _LETTERS_PER_BODY: Final = 100
 """More bad events than this in one body become one dead letter per reason, which holds the bytes of as many of them."""
 
 
+E = TypeVar("E")
+
+
 @dataclass(frozen=True, slots=True)
-class _Edge:
+class _Edge(Generic[E]):
     """What the edge made of a body."""
 
     decoded: Decoded
     dead: list[DeadLetter]
-    encoded: bytes
+    encoded: E
 
 
-class Ingest:
-    """Decodes and appends; shared by the three ways in."""
+class Ingest(Generic[E]):
+    """Decodes and appends; shared by the three ways in.
+
+    Args:
+        encode: makes of events what the intake appends; called in any thread.
+    """
 
     def __init__(
-        self, runtime: Embedded, formats: Mapping[str, Format], settings: Settings, auth: Auth
-    ) -> None:
-        self.runtime, self.formats, self.settings, self.auth = runtime, formats, settings, auth
+        self, intake: Intake[E], encode: Callable[[list[Event]], E], formats: Mapping[str, Format],
+        settings: Settings, auth: Auth,
+    ) -> None:  # fmt: skip
+        self.intake, self.encode = intake, encode
+        self.formats, self.settings, self.auth = formats, settings, auth
 
     async def take(self, request: Request, kind: str, *, patient: bool = True) -> Decoded:
-        """Raises: HTTPException 401/403, BodyError, Overloaded, Stopped."""
+        """Raises: HTTPException 401/403, BodyError, Overloaded, Stopped; EffectError of the intake."""
         who = self.auth.check(request, "ingest")
         limit = self.settings.limits.body_bytes
         sender = f"{who}@{_peer(request)}"
@@ -57,8 +66,8 @@ class Ingest:
 
         def grew(size: int) -> None:
             nonlocal held
-            self.runtime.admit(size, patient)
-            self.runtime.hold(size)
+            self.intake.admit(size, patient)
+            self.intake.hold(size)
             held += size
 
         try:
@@ -69,21 +78,21 @@ class Ingest:
             on_loop = len(raw) <= _ON_LOOP_BYTES and not encoding
             edge = work() if on_loop else await to_thread.run_sync(work)
             if edge.decoded.events or edge.dead:
-                stored = self.runtime.ingest(
-                    edge.decoded.events, sender, self.runtime.clock.now(),
+                stored = self.intake.ingest(
+                    edge.decoded.events, sender, self.intake.clock.now(),
                     format=kind, dead=edge.dead, patient=patient, body=edge.encoded,
                 )  # fmt: skip
                 await asyncio.wrap_future(stored)
             return edge.decoded
         finally:
-            self.runtime.hold(-held)
+            self.intake.hold(-held)
 
-    def _decode(self, raw: bytes, encoding: str, content_type: str, kind: str, sender: str) -> _Edge:
+    def _decode(self, raw: bytes, encoding: str, content_type: str, kind: str, sender: str) -> _Edge[E]:
         """All that costs time with a body; for large ones in a thread."""
         body = decompress(raw, encoding, self.settings.limits.body_bytes)
         decoded = self.formats[kind].decode(body, content_type)
-        dead = self._dead_letters(decoded, sender, kind, self.runtime.clock.now())
-        return _Edge(decoded, dead, encode_events(decoded.events))
+        dead = self._dead_letters(decoded, sender, kind, self.intake.clock.now())
+        return _Edge(decoded, dead, self.encode(decoded.events))
 
     def _dead_letters(self, decoded: Decoded, sender: str, kind: str, now: float) -> list[DeadLetter]:
         def letter(r: Rejected, data: bytes, n: int) -> DeadLetter:
@@ -108,7 +117,7 @@ def _peer(request: Request) -> str:
     return named[:128] if named else request.client.host if request.client else "-"
 
 
-def router(ingest: Ingest) -> APIRouter:
+def router(ingest: Ingest[Any]) -> APIRouter:
     r = APIRouter()
 
     @r.post("/v1/events", summary="Native events, one JSON a line")

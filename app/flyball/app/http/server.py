@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -19,6 +19,8 @@ from flyball.app.http.auth import Auth
 from flyball.app.http.body import BodyError
 from flyball.app.reload import RunbookWatch
 from flyball.app.settings import Settings
+from flyball.core.codec import encode_events
+from flyball.core.errors import Ambiguous, Failed, NotAccepted
 from flyball.core.ports import Format
 
 Background = Callable[[], AbstractAsyncContextManager[None]]
@@ -32,10 +34,28 @@ def create_app(
     runtime: Embedded, formats: Mapping[str, Format], settings: Settings, background: Background | None = None,
     watch: RunbookWatch | None = None,
 ) -> FastAPI:  # fmt: skip
-    """Args:
+    """Of a process that holds the database.
+
+    Args:
     watch: of the files with runbooks, for what is wrong with them.
     background: what runs beside the server (ticks, scrapes, notifications) for as long as it is entered.
     """
+    auth = Auth(settings.tokens)
+    watch = watch or RunbookWatch(runtime, settings)
+    return assemble(
+        [
+            ingest.router(ingest.Ingest(runtime, encode_events, formats, settings, auth)),
+            read.router(runtime, auth, watch),
+            act.router(runtime, auth, watch),
+            hooks.router(runtime, settings),
+            slack.router(runtime, settings),
+        ],
+        background,
+    )
+
+
+def assemble(routers: Iterable[APIRouter], background: Background | None = None) -> FastAPI:
+    """The application of these routes."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -46,13 +66,8 @@ def create_app(
                 yield
 
     app = FastAPI(title="Flyball", summary="The governor for AI in production", lifespan=lifespan)
-    auth = Auth(settings.tokens)
-    app.include_router(ingest.router(ingest.Ingest(runtime, formats, settings, auth)))
-    watch = watch or RunbookWatch(runtime, settings)
-    app.include_router(read.router(runtime, auth, watch))
-    app.include_router(act.router(runtime, auth, watch))
-    app.include_router(hooks.router(runtime, settings))
-    app.include_router(slack.router(runtime, settings))
+    for router in routers:
+        app.include_router(router)
     app.add_middleware(SmallBodies)
     _answer_errors(app)
     return app
@@ -67,6 +82,19 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(Stopped)
     async def _stopped(request: Request, e: Stopped) -> Response:
         return ingest.refused(request, 503, f"{e}; nothing was taken, send it again", 1.0)
+
+    @app.exception_handler(NotAccepted)
+    async def _not_accepted(request: Request, e: NotAccepted) -> Response:
+        return ingest.refused(request, 503, f"{e}; send it again", e.retry_after_s or 1.0)
+
+    @app.exception_handler(Ambiguous)
+    async def _ambiguous(request: Request, e: Ambiguous) -> Response:
+        # Sent again, calls and steps are known by their ids and count once.
+        return ingest.refused(request, 503, f"{e}; send it again", 1.0)
+
+    @app.exception_handler(Failed)
+    async def _never(request: Request, e: Failed) -> Response:
+        return ingest.refused(request, 413, str(e))
 
     @app.exception_handler(BodyError)
     async def _refused(request: Request, e: BodyError) -> Response:

@@ -65,6 +65,7 @@ class ProducerSettings:
     linger_s: and at this age at the latest.
     quiet_s: and at once when nothing has come in for so long: who sends one body after the other does not wait for `linger_s`.
     batch_bytes: records that go to a partition together, before compression.
+    compression: the client compresses lz4 at its highest level, ten times slower than zstd at its default and no smaller.
     acknowledged_s: after so long without an acknowledgement the sender is told.
     """
 
@@ -72,7 +73,7 @@ class ProducerSettings:
     linger_s: float = 0.05
     quiet_s: float = 0.005
     batch_bytes: int = 256 << 10
-    compression: Literal["lz4", "zstd"] = "lz4"
+    compression: Literal["lz4", "zstd"] = "zstd"
     acknowledged_s: float = 30.0
 
 
@@ -497,7 +498,9 @@ class Producer:
                 asked_at = now
                 found = await self._probe()
                 if found != self.reachable:
-                    _log.warning("kafka.reachable" if found else "kafka.unreachable", at=self._config.bootstrap)
+                    _log.warning(
+                        "kafka.reachable" if found else "kafka.unreachable", at=self._config.bootstrap
+                    )
                 self.reachable = found
 
     def _expire(self, now: float) -> None:

@@ -1,0 +1,149 @@
+"""The HTTP interface of a process that only takes telemetry in: ingest, health, metrics, totals. The rest is the control role's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from flyball.app.http import ingest
+from flyball.app.http.answers import json_response
+from flyball.app.http.auth import Auth
+from flyball.app.http.read import assemble_status
+from flyball.app.http.server import Background, assemble
+from flyball.app.kafka_ingest import KafkaIngest
+from flyball.app.settings import Settings
+from flyball.core.ports import Format
+
+CONTROLS: Final = (
+    "incidents", "directives", "enforced", "dead-letters", "approvals", "stops", "runbooks", "ledger", "operations", "slack",
+)  # fmt: skip
+"""First parts of the paths under /v1 that the control role serves."""
+ELSEWHERE: Final = (
+    "served where the database is: ask a process with the control role (`flyball worker --roles control`)"
+)
+
+
+def create_ingest_app(
+    intake: KafkaIngest,
+    formats: Mapping[str, Format],
+    settings: Settings,
+    background: Background | None = None,
+) -> FastAPI:
+    auth = Auth(settings.tokens)
+    taken_in = ingest.router(ingest.Ingest(intake, intake.encode, formats, settings, auth))
+    return assemble([taken_in, router(intake, auth), elsewhere()], background)
+
+
+def router(intake: KafkaIngest, auth: Auth) -> APIRouter:
+    r = APIRouter()
+
+    @r.get("/healthz", summary="200 while the process works; 500 when a part of it has died")
+    async def healthz() -> Response:
+        if intake.failure is not None:
+            return json_response({"status": "failed", "why": str(intake.failure)}, 500)
+        return json_response({"status": "ok"})
+
+    @r.get("/readyz", summary="200 while events are taken: a broker answers")
+    async def readyz() -> Response:
+        return json_response({"ready": intake.ready}, 200 if intake.ready else 503)
+
+    @r.get("/metrics", summary="Prometheus metrics")
+    async def metrics(request: Request) -> Response:
+        auth.check(request, "read")
+        registry = CollectorRegistry()
+        registry.register(IngestCollector(intake))
+        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @r.get("/v1/status", summary="Totals since the start of this process")
+    async def get_status(request: Request) -> Response:
+        auth.check(request, "read")
+        return json_response(status(intake))
+
+    return r
+
+
+def elsewhere() -> APIRouter:
+    """503 for what is served by the control role, so that a client that was given the wrong address is told."""
+    r = APIRouter(include_in_schema=False)
+    methods = ["GET", "POST"]
+
+    async def not_here(request: Request) -> Response:
+        return json_response({"error": f"{request.url.path} is {ELSEWHERE}"}, 503)
+
+    for name in CONTROLS:
+        r.add_api_route(f"/v1/{name}", not_here, methods=methods)
+        r.add_api_route(f"/v1/{name}/{{rest:path}}", not_here, methods=methods)
+    return r
+
+
+def status(intake: KafkaIngest) -> dict[str, Any]:
+    """In the shape of the whole; what only the control role knows is zero. `events` counts what was acknowledged, copies included."""
+    totals = assemble_status(
+        {"events": dict(intake.events)}, dict(intake.rejected), {}, 0, 0.0, intake.pending_bytes, 0, 0, []
+    )
+    p = intake.producer
+    return totals | {
+        "role": "ingest",
+        "ready": intake.ready,
+        "kafka": {
+            "address": intake.config.bootstrap,
+            "reachable": p.reachable,
+            "records": p.acknowledged_records,
+            "bytes": p.acknowledged_bytes,
+            "pending_bytes": intake.pending_bytes,
+            "unacknowledged_bodies": intake.unacknowledged,
+        },
+    }
+
+
+class IngestCollector:
+    """Everything that `/metrics` of such a process shows."""
+
+    def __init__(self, intake: KafkaIngest) -> None:
+        self._intake = intake
+
+    def collect(self) -> Iterator[Metric]:
+        i, p = self._intake, self._intake.producer
+        for name, text, label, values in (
+            (
+                "flyball_received_events",
+                "Events that Kafka has acknowledged, copies included.",
+                "format",
+                i.received,
+            ),
+            (
+                "flyball_rejected_events",
+                "Events that could not be taken; they are in the dead letters.",
+                "reason",
+                i.rejected,
+            ),
+        ):
+            counter = CounterMetricFamily(name, text, labels=[label])
+            for key, value in sorted(values.items()):
+                counter.add_metric([key], float(value))
+            yield counter
+        for name, text, count in (
+            ("flyball_kafka_written_records", "Records that Kafka has acknowledged.", p.acknowledged_records),
+            ("flyball_kafka_written_bytes", "Their bytes before compression.", p.acknowledged_bytes),
+            ("flyball_kafka_refused_records", "Records that Kafka has refused.", p.refused_records),
+            (
+                "flyball_kafka_unacknowledged_bodies",
+                "Bodies whose senders were told that they were not acknowledged.",
+                i.unacknowledged,
+            ),
+        ):
+            plain = CounterMetricFamily(name, text)
+            plain.add_metric([], float(count))
+            yield plain
+        yield GaugeMetricFamily(
+            "flyball_kafka_reachable", "1 while a broker answers.", value=float(p.reachable)
+        )
+        yield GaugeMetricFamily(
+            "flyball_kafka_pending_bytes",
+            "Bytes of bodies that are being read or are not acknowledged.",
+            value=float(i.pending_bytes),
+        )
