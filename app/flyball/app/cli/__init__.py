@@ -9,7 +9,20 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from flyball.app.cli import act, hook, lab, ledger, look, rehearse, replay, run, runbook, setup
+from flyball.app.cli import (
+    act,
+    hook,
+    lab,
+    ledger,
+    letters,
+    look,
+    rehearse,
+    replay,
+    run,
+    runbook,
+    setup,
+    topics,
+)
 from flyball.app.cli._common import Unreachable
 from flyball.app.logs import configure_logging
 from flyball.core.errors import FlyballError
@@ -52,6 +65,8 @@ def _first(context: typer.Context) -> None:
 run.add_to(app)
 replay.add_to(app)
 look.add_to(app)
+letters.add_to(app)
+topics.add_to(app)
 ledger.add_to(app)
 act.add_to(app)
 setup.add_to(app)

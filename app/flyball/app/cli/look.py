@@ -1,8 +1,7 @@
-"""`flyball status`, `flyball incident …`, `flyball dead-letters …`: looking at what is and was."""
+"""`flyball status`, `flyball incident …`: looking at what is and was."""
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,9 +34,6 @@ def add_to(app: typer.Typer) -> None:
         incident.command(kind, help=help_text + _examples(kind))(_commander(kind))
     incident.command("silence")(incident_silence)
     app.add_typer(incident, name="incident")
-    letters = typer.Typer(help="What could not be taken.", no_args_is_help=True)
-    letters.command("list")(dead_letters_list)
-    app.add_typer(letters, name="dead-letters")
 
 
 def _examples(kind: str) -> str:
@@ -203,34 +199,3 @@ def _post_command(url: str, token: str, incident: str, body: dict[str, Any]) -> 
         response = c.post(f"/v1/incidents/{incident}", json=body)
         response.raise_for_status()
     print(f"{incident}: {body['kind']} taken")
-
-
-def dead_letters_list(
-    url: Url = DEFAULT_URL,
-    token: TokenOption = "",
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many at most.")] = 20,
-    as_json: AsJson = False,
-) -> None:
-    """What could not be taken, newest first, with its reason. Needs the admin role.
-
-    Examples:
-
-      flyball dead-letters list
-
-      flyball dead-letters list --limit 1 --json
-    """
-    from flyball.app.text import clock
-
-    for letter in get(url, token, "/v1/dead-letters", limit=limit):
-        if as_json:
-            print_json(letter)
-            continue
-        body = (
-            base64.b64decode(letter["body"]).decode("utf-8", "replace")[:100]
-            if letter["body"]
-            else "(bytes not kept)"
-        )
-        print(
-            f"{clock(letter['at'])}  {letter['format']} from {letter['sender']}: {letter['reason']}: {letter['detail']}"
-        )
-        print(f"    {letter['size']} bytes: {body}")
