@@ -104,6 +104,8 @@ class Deduplicator:
         self._recent: deque[tuple[Sequence[Event], str]] = deque()
         self._recent_calls = 0
         self._batch = 0
+        self.kept: list[int] | None = None
+        """Positions of the newest batch's events that came through; None: all. For whoever feeds this; not part of the state."""
         self._likeness = Likeness(tolerance_s, max(1, max_calls // 16))
 
     @property
@@ -119,6 +121,7 @@ class Deduplicator:
     def feed(self, batch: Batch) -> Batch:
         """The batch without copies of calls that were fed before, or earlier in it."""
         events = batch.events
+        self.kept = None
         if not events:
             return batch
         self._batch += 1
@@ -209,7 +212,8 @@ class Deduplicator:
         if not self._many and self._is_second(batch.events):
             self._look_back()
         work = _Work(self, batch.sender, _with_id(batch.events))
-        for event in batch.events:
+        kept: list[int] = []
+        for place, event in enumerate(batch.events):
             kind = type(event)
             if kind is LlmCall:
                 work.call(event)  # type: ignore[arg-type]
@@ -217,7 +221,11 @@ class Deduplicator:
                 work.step(event)  # type: ignore[arg-type]
             else:
                 work.out.append(event)
+            if len(work.out) > len(kept):
+                kept.append(place)
         work.remember()
+        if len(kept) < len(batch.events):
+            self.kept = kept
         if not self._many:
             self._keep_recent([e for e in work.out if type(e) is LlmCall], batch.sender)
         return msgspec.structs.replace(batch, events=work.out) if work.changed else batch

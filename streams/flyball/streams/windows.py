@@ -36,6 +36,8 @@ from flyball.streams.rollups import DEFAULT_ROLLUPS, RollupBuilder
 from flyball.streams.watermark import Sender, Watermarks
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from flyball.core.columns import Floats, Ints
 
 CHUNK_CALLS: Final = 128
@@ -211,6 +213,13 @@ class Windows:
         """(window, how many) of the waiting calls, in order."""
         self._events: Counter[str] = Counter()
         self._damaged = self._windows_closed = 0
+        self.times: Floats = np.empty(0)
+        """Corrected times of the events of the newest batch, nan where damaged; for whoever feeds this. Not part of the state."""
+
+    @property
+    def closed_before(self) -> int | None:
+        """Number of the first window that is not closed (its start is that times `window_s`); None while all are open."""
+        return self._closed_before
 
     @property
     def watermark(self) -> float:
@@ -247,8 +256,11 @@ class Windows:
                 self._events[TYPE_NAMES[kind]] += n
         at = floats([e.at for e in events])
         low, high = float(at.min()), float(at.max())
+        sane: Any = None
         if not (low > -_SANE_S and high < _SANE_S):
-            events, at = self._without_damaged(events, at)
+            sane = np.abs(at) < _SANE_S
+            self.times = np.full(len(at), np.nan)
+            events, at = self._without_damaged(events, at, sane)
             if not events:
                 return []
         sender = self._time.sender(batch.sender)
@@ -256,6 +268,10 @@ class Windows:
         if corrected is not at or not only_calls or len(at) != len(batch.events):
             at = corrected
             low, high = float(at.min()), float(at.max())
+        if sane is None:
+            self.times = at
+        else:
+            self.times[sane] = at
         if LlmCall in types:
             self._place(events, at, low, high, sender, only_calls)
         self._time.observe(batch.sender, sender, high, batch.received_at, calls=LlmCall in types)
@@ -274,8 +290,9 @@ class Windows:
         self._time.value = max(self._time.value, end * self.settings.window_s)
         return self._close_before(end)
 
-    def _without_damaged(self, events: Sequence[Event], at: Floats) -> tuple[Sequence[Event], Floats]:
-        sane = np.abs(at) < _SANE_S
+    def _without_damaged(
+        self, events: Sequence[Event], at: Floats, sane: NDArray[np.bool_]
+    ) -> tuple[Sequence[Event], Floats]:
         self._damaged += int((~sane).sum())
         return [events[i] for i in np.flatnonzero(sane).tolist()], at[sane]
 
@@ -432,6 +449,16 @@ class WindowMerger:
         self._cells = CellTable(self.settings.max_cells)
         self._rollups = RollupBuilder(self.settings.rollups, self.settings.max_cells, _FORGET_S)
         self._merged = 0
+
+    @property
+    def cells(self) -> int:
+        """How many series of cells have a slot."""
+        return len(self._cells)
+
+    @property
+    def overflowed(self) -> int:
+        """Cells that went to an `other` one because the table was full."""
+        return self._cells.overflowed
 
     def merge(self, parts: Sequence[Window]) -> Window:
         """Raises: ValueError when there is no part, or parts of different spans."""
