@@ -64,7 +64,7 @@ def test_broad_excepts_stay_below_one_in_a_thousand_lines() -> None:
 
 def test_no_module_is_dead() -> None:
     """Every module is imported by another, is found by a registry, or is an entry point."""
-    registries = ("detectors/flyball/detectors", "formats", "notifiers", "actions")
+    registries = ("detectors/flyball/detectors", "formats", "notifiers", "actions", "migrations", "versions")
     entry_points = {"flyball.app.cli", "flyball.app.__main__"}
     text = {
         p: p.read_text()

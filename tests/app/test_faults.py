@@ -188,7 +188,7 @@ def test_an_incident_that_was_stored_with_such_a_figure_can_still_be_listed(tmp_
 # --- folders of other versions --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schema", ["1", "3"])
+@pytest.mark.parametrize("schema", ["1", "4"])
 def test_a_folder_of_another_schema_is_refused_in_one_sentence_and_not_touched(
     tmp_path: Path, schema: str
 ) -> None:
@@ -201,7 +201,7 @@ def test_a_folder_of_another_schema_is_refused_in_one_sentence_and_not_touched(
     database.commit()
     database.close()
     with pytest.raises(
-        ConfigError, match=f"is of schema {schema}, this Flyball needs 2 .*another `data` folder"
+        ConfigError, match=f"is of schema {schema}, this Flyball needs 3 .*another `data` folder"
     ):
         Embedded(make_pipeline, path, SetClock())
     reader = open_reader(path)

@@ -1,4 +1,4 @@
-"""The embedded runtime: one process, one SQLite file, exact after `kill -9`.
+"""The embedded runtime: one process, one database, exact after `kill -9`.
 
 Two threads. The *writer* (`writer.py`) owns the only connection that writes: it appends what ingest hands it, acknowledges after the
 commit, and stores what the stages conclude. The *stages* thread reads the log in order (`backlog.py`: from memory while it keeps up, else
@@ -28,9 +28,8 @@ from flyball.app.orders import Fault, Order, author_of, encode_order
 from flyball.app.pipeline import Counters, Pipeline
 from flyball.app.records import Append, Record, Work, record_of
 from flyball.app.store import acts, operations, outbox, store
-from flyball.app.store.lock import FolderLock
+from flyball.app.store.database import Database, open_database
 from flyball.app.store.rows import Commit, DeadLetter, OutboxRow, Skipped, entry_of
-from flyball.app.store.sqlite import open_reader, open_writer
 from flyball.app.switchboard import Switchboard
 from flyball.app.writer import Limits, Overloaded, Retention, Stopped, Stored, Writer
 from flyball.core.codec import SnapshotError, encode_events
@@ -98,23 +97,24 @@ class Figures:
 
 
 class Embedded:
-    """Hosts a pipeline on a log in SQLite.
+    """Hosts a pipeline on a log in a database.
 
     Args:
         make_pipeline: called at start; the pipeline is fed by the stages thread alone.
-        path: of the database file. Its folder is locked for this process until `stop`.
+        where: the database file (Path), the address of a PostgreSQL, or what `open_database` or `wait_for_ownership` gave. It is this
+            process's own until `stop`.
         clock: wall time.
         alerts: turns an incident's change into rows of the outbox.
         listener: hears what each record led to, on the stages thread, before it is stored; for watching, not for acting.
         snapshot_every_s: seconds between snapshots; a restart re-reads at most that much of the log.
 
-    Raises: ConfigError when the folder cannot be written, is in use, or holds another schema.
+    Raises: ConfigError when the database cannot be written, is in use, or holds another schema; DatabaseLost when it does not answer.
     """
 
     def __init__(
         self,
         make_pipeline: Callable[[], Pipeline],
-        path: Path,
+        where: Path | str | Database,
         clock: Clock,
         *,
         alerts: Alerts | None = None,
@@ -124,7 +124,6 @@ class Embedded:
         snapshot_every_s: float = 30.0,
         synchronous: str = "full",
     ) -> None:
-        self.path = path
         self.clock = clock
         self.switchboard = Switchboard()
         self.board = DirectiveBoard(clock, self.switchboard)
@@ -135,13 +134,8 @@ class Embedded:
         self._listener = listener
         self._limits = limits or Limits()
         self._snapshot_every_s = snapshot_every_s
-        self._lock = FolderLock(path.parent)
-        try:
-            self._writer_engine = open_writer(path, synchronous)
-        except ConfigError:
-            self._lock.release()
-            raise
-        self.reader = open_reader(path)
+        self.database = open_database(where, synchronous) if isinstance(where, Path | str) else where
+        self.reader = self.database.reader
         with self.reader.connect() as c:
             self._position = store.position(c)
             appended = store.last_log_id(c)
@@ -155,7 +149,7 @@ class Embedded:
         self._answers: dict[int, Future[Intervention]] = {}
         self._backlog = Backlog(self.reader, self._position, appended, unread, self._limits.memory_events)
         self._writer = Writer(
-            self._writer_engine, appended, totals, retention or Retention(), self.board, self._after_commit
+            self.database, appended, totals, retention or Retention(), self.board, self._after_commit
         )
         self._moved = threading.Condition()
         self._failure: BaseException | None = None
@@ -201,9 +195,7 @@ class Embedded:
             self._writer.close()
             writer.join(timeout_s)
             drained = drained and not writer.is_alive() and self._failure is None
-        self.reader.dispose()
-        self._writer_engine.dispose()
-        self._lock.release()
+        self.database.close()
         return drained
 
     @property

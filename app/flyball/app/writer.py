@@ -11,11 +11,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection
 
 from flyball.app.board import DirectiveBoard
 from flyball.app.records import Append, Work
 from flyball.app.store import acts, store
+from flyball.app.store.database import Database
 from flyball.app.store.rows import Commit, DeadLetter, EdgeTotals, LogRow, Skipped
 from flyball.core.directives import StopChange
 from flyball.core.errors import FlyballError
@@ -83,7 +84,7 @@ class Writer:
     """Takes jobs from any thread and stores them; acknowledges after the commit, in order.
 
     Args:
-        engine: of `open_writer`.
+        database: owned by this process.
         appended: newest position of the log.
         board: shows leases to enforcement points; it and the kill switch follow each commit at once.
         after_commit: called on the writer's thread with what is now durable, before anything is acknowledged.
@@ -91,14 +92,14 @@ class Writer:
 
     def __init__(
         self,
-        engine: Engine,
+        database: Database,
         appended: int,
         totals: EdgeTotals,
         retention: Retention,
         board: DirectiveBoard,
         after_commit: Callable[[Stored], None],
     ) -> None:
-        self._engine = engine
+        self._database = database
         self._appended = appended
         self._retention = retention
         self._board = board
@@ -144,13 +145,16 @@ class Writer:
         jobs: list[Append | Commit | Work] = []
         stored = False
         try:
-            with self._engine.connect() as connection:
+            with self._database.connect() as connection:
                 last = False
                 while not last:
                     jobs, last = self._due()
                     stored = False
                     if jobs:
                         self._store(connection, jobs)
+                    elif not last:
+                        with self._database.transaction(connection):
+                            pass  # nothing was due for long: is this process still the owner?
                 stored = True
         finally:
             self._refuse(Stopped("the log cannot be written"))
@@ -158,9 +162,12 @@ class Writer:
                 self._answer_nobody(jobs)
 
     def _due(self) -> tuple[list[Append | Commit | Work], bool]:
-        """At least one job, and whatever else is queued; whether these are the last."""
+        """A job, and whatever else is queued, or none when the database wants to hear from us; whether these are the last."""
         jobs: list[Append | Commit | Work] = []
-        job = self._jobs.get()
+        try:
+            job = self._jobs.get(timeout=self._database.ping_s)
+        except queue.Empty:
+            return jobs, False
         if self._jobs.empty():
             time.sleep(LINGER_S)
         while job is not None:
@@ -188,7 +195,7 @@ class Writer:
         dead += [_letter(r) for c in commits for r in c.skipped]
         for d in dead:
             self.rejected[d.reason] += d.n
-        with connection.begin():
+        with self._database.transaction(connection):
             if rows:
                 store.append_log(connection, rows)
             if rows or dead:
@@ -197,12 +204,15 @@ class Writer:
             draft = self._board.draft()
             for job in jobs:
                 if isinstance(job, Commit):
-                    store.apply_commit(connection, job, [(m, draft.move(m)) for m in job.directives])
-                elif isinstance(job, Work):
+                    shown = [(m, draft.move(m)) for m in job.directives]
+                    store.apply_commit(connection, job, shown, self._database.epoch)
+                    continue
+                if isinstance(job, Work):
                     job.run(connection)
-                elif job.also is not None:
+                    continue
+                if job.also is not None:
                     job.also(connection)
-                elif isinstance(job.payload, StopChange):
+                if isinstance(job.payload, StopChange):
                     draft.switch(job.payload)
                     acts.put_stops(connection, draft.stops)
                     acts.show_directives(connection, draft.shown)

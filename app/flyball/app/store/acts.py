@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 from sqlalchemy import Connection, delete, func, insert, select, update
-from sqlalchemy.dialects.sqlite import insert as upsert
 
+from flyball.app.store.dialects import upsert
 from flyball.app.store.rows import Skipped
 from flyball.app.store.tables import directives, skipped, stops
 from flyball.core.directives import Directive, DirectiveChange, StopChange
@@ -25,24 +25,26 @@ def put_stops(c: Connection, now: Stops) -> None:
 
 
 def live_stops(c: Connection) -> Stops:
-    rows = c.execute(select(stops.c.scope, stops.c.body).order_by(stops.c.scope))
-    return Stops({scope: msgspec.json.decode(body, type=StopChange) for scope, body in rows})
+    rows = c.execute(select(stops.c.body).order_by(stops.c.scope))
+    found = [msgspec.json.decode(body, type=StopChange) for (body,) in rows]
+    return Stops({s.scope: s for s in found})
 
 
 # --- leases ----------------------------------------------------------------------------------------------------------
 
 
-def put_directive(c: Connection, moved: DirectiveChange, shown: Directive | None) -> None:
+def put_directive(c: Connection, moved: DirectiveChange, shown: Directive | None, owner: int = 0) -> None:
     """Args:
     shown: what enforcement points see of it now; None when nothing.
+    owner: epoch of the Flyball that writes.
     """
     d = moved.directive
     values = {
         "id": d.id, "epoch": d.epoch, "expires_at": d.expires_at, "change": moved.change, "reason": moved.reason,
         "ended_at": moved.at if moved.change in ("released", "expired") else None, "body": msgspec.json.encode(d),
-        "shown": None if shown is None else msgspec.json.encode(shown),
+        "shown": None if shown is None else msgspec.json.encode(shown), "owner": owner,
     }  # fmt: skip
-    c.execute(upsert(directives).values(values).on_conflict_do_update(index_elements=["id"], set_=values))
+    c.execute(upsert(c, directives).values(values).on_conflict_do_update(index_elements=["id"], set_=values))
 
 
 def live_directives(c: Connection) -> list[Directive]:
@@ -71,7 +73,7 @@ def show_directives(c: Connection, shown: Mapping[str, Directive]) -> None:
 def put_skipped(c: Connection, records: Iterable[Skipped]) -> None:
     for r in records:
         row = {"position": r.position, "at": r.at, "kind": r.kind, "reason": r.reason}
-        c.execute(upsert(skipped).values(row).on_conflict_do_nothing())
+        c.execute(upsert(c, skipped).values(row).on_conflict_do_nothing())
 
 
 def skipped_positions(c: Connection) -> set[int]:

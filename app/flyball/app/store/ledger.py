@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import msgspec
 from sqlalchemy import Connection, select
-from sqlalchemy.dialects.sqlite import insert as upsert
 
+from flyball.app.store.dialects import upsert
 from flyball.app.store.tables import ledger, meta
 from flyball.core.directives import LedgerEntry
 
@@ -17,17 +17,22 @@ _HEAD: Final = "ledger_head"
 """Key in `meta` of the newest line's hash: without it, lines removed at the end would not be missed."""
 
 
-def put_entry(c: Connection, entry: LedgerEntry) -> None:
-    """An entry is written once; the same key again changes nothing."""
-    previous = c.execute(select(ledger.c.hash).order_by(ledger.c.seq.desc()).limit(1)).scalar() or b""
+def put_entry(c: Connection, entry: LedgerEntry, owner: int = 0) -> None:
+    """An entry is written once; the same key again changes nothing.
+
+    Args:
+        owner: epoch of the Flyball that writes. Not sealed: the same decisions have the same seals, whoever was there to write them.
+    """
+    newest = c.execute(select(ledger.c.seq, ledger.c.hash).order_by(ledger.c.seq.desc()).limit(1)).first()
+    last, previous = newest or (0, b"")
     body = msgspec.json.encode(entry.body, order="sorted")
     values = {k: getattr(entry, k) for k in ("key", "at", "kind", "incident", "runbook")}
     sealed = ledger_hash(previous, list(values.values()), body)
-    stored = c.execute(upsert(ledger).values(**values, body=body, hash=sealed).on_conflict_do_nothing())
-    if stored.rowcount:
+    line = {"seq": last + 1, **values, "body": body, "hash": sealed, "owner": owner}
+    if c.execute(upsert(c, ledger).values(line).on_conflict_do_nothing(index_elements=["key"])).rowcount:
         head = {"value": sealed.hex()}
         c.execute(
-            upsert(meta).values(key=_HEAD, **head).on_conflict_do_update(index_elements=["key"], set_=head)
+            upsert(c, meta).values(key=_HEAD, **head).on_conflict_do_update(index_elements=["key"], set_=head)
         )
 
 
@@ -44,6 +49,7 @@ _COLUMNS: Final = (
     ledger.c.kind,
     ledger.c.incident,
     ledger.c.runbook,
+    ledger.c.owner,
 )
 
 
@@ -71,12 +77,12 @@ def get_entry(c: Connection, key: str) -> dict[str, Any] | None:
     """One line by its key or its number, with its hash."""
     by = ledger.c.seq == int(key) if key.isdecimal() and len(key) < 19 else ledger.c.key == key
     row = c.execute(select(*_COLUMNS, ledger.c.body, ledger.c.hash).where(by)).first()
-    return _line(row) | {"hash": row[7].hex()} if row is not None else None
+    return _line(row) | {"hash": row[8].hex()} if row is not None else None
 
 
 def _line(row: Any) -> dict[str, Any]:
-    names = ("seq", "key", "at", "kind", "incident", "runbook")
-    return dict(zip(names, row[:6], strict=True)) | {"body": json.loads(row[6])}
+    names = ("seq", "key", "at", "kind", "incident", "runbook", "owner")
+    return dict(zip(names, row[:7], strict=True)) | {"body": json.loads(row[7])}
 
 
 def verify_ledger(c: Connection) -> int | None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, case, select, update
-from sqlalchemy.dialects.sqlite import insert as upsert
 
+from flyball.app.store.dialects import upsert
 from flyball.app.store.tables import operations
 from flyball.core.directives import Operation, OperationReport
 from flyball.remediation.hooks import OperationRow
@@ -26,7 +26,7 @@ def put_operation(c: Connection, operation: Operation) -> None:
     }  # fmt: skip
     t = operations.c
     c.execute(
-        upsert(operations)
+        upsert(c, operations)
         .values(values)
         .on_conflict_do_update(
             index_elements=["id", "verb"], set_=values, where=t.attempt < operation.attempt

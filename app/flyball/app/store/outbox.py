@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import Connection, func, select, update
-from sqlalchemy.dialects.sqlite import insert as upsert
 
+from flyball.app.store.dialects import upsert
 from flyball.app.store.rows import OutboxRow
 from flyball.app.store.tables import outbox
 
@@ -14,7 +14,7 @@ from flyball.app.store.tables import outbox
 def put_outbox(c: Connection, row: OutboxRow) -> None:
     """The same message is never stored twice."""
     values = {k: getattr(row, k) for k in OutboxRow.__slots__} | {"state": "pending", "receipt": ""}
-    c.execute(upsert(outbox).values(values).on_conflict_do_nothing())
+    c.execute(upsert(c, outbox).values(values).on_conflict_do_nothing())
 
 
 def due_outbox(c: Connection, now: float, limit: int) -> list[tuple[OutboxRow, str]]:

@@ -7,18 +7,24 @@ checkpoint at once. With a single writer it cannot happen; `flyball doctor` stil
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, select
-from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import NullPool, QueuePool
 
+from flyball.app.store.dialects import upsert
+from flyball.app.store.lock import FolderLock
+from flyball.app.store.owner import NeedsUpgrade, holder, take_over
 from flyball.app.store.tables import meta, metadata
 from flyball.core.errors import ConfigError
 
-SCHEMA_VERSION: Final = "2"
+SCHEMA_VERSION: Final = "3"
+OLDEST_SCHEMA: Final = "2"
+"""From here on a database can be migrated."""
 WAL_RESET_FAULT_FIXED: Final = (3, 51, 3)
 
 
@@ -61,7 +67,7 @@ def open_writer(path: Path, synchronous: str = "full") -> Engine:
             _refuse_others(connection, path)
             metadata.create_all(connection)
             values = {"key": "schema", "value": SCHEMA_VERSION}
-            connection.execute(upsert(meta).values(values).on_conflict_do_nothing())
+            connection.execute(upsert(connection, meta).values(values).on_conflict_do_nothing())
     except DatabaseError as e:
         raise ConfigError(
             f"cannot be used as a database ({e.orig}); move it away or set another `data`", where=str(path)
@@ -69,17 +75,29 @@ def open_writer(path: Path, synchronous: str = "full") -> Engine:
     return engine
 
 
+def schema_of(c: Connection) -> str:
+    """The schema's version; empty when there are no tables of Flyball yet. Of any database."""
+    if not inspect(c).has_table(meta.name):
+        return ""
+    return str(c.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar() or "")
+
+
 def _refuse_others(connection: Connection, path: Path) -> None:
     """Before anything is written: a database of another schema stays as it is."""
-    if not inspect(connection).has_table(meta.name):
+    found = schema_of(connection)
+    if found in ("", SCHEMA_VERSION):
         return
-    found = connection.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar()
-    if found is not None and found != SCHEMA_VERSION:
-        raise ConfigError(
-            f"is of schema {found}, this Flyball needs {SCHEMA_VERSION} and changes no other; "
-            "set another `data` folder, or use the version that made it",
+    if found == OLDEST_SCHEMA:
+        raise NeedsUpgrade(
+            f"is of schema {found}, this Flyball needs {SCHEMA_VERSION}; make a copy, then say "
+            f"`flyball database upgrade --data {path.parent}`",
             where=str(path),
         )
+    raise ConfigError(
+        f"is of schema {found}, this Flyball needs {SCHEMA_VERSION} and knows no way from there; "
+        "set another `data` folder, or use the version that made it",
+        where=str(path),
+    )
 
 
 def open_reader(path: Path) -> Engine:
@@ -98,3 +116,38 @@ def open_reader(path: Path) -> Engine:
         connection.execute("PRAGMA query_only=ON")
 
     return engine
+
+
+class SqliteDatabase:
+    """One file in a folder that is locked for this process.
+
+    Raises: ConfigError when the folder cannot be written, is in use, or holds another schema.
+    """
+
+    ping_s: float | None = None
+
+    def __init__(self, path: Path, synchronous: str = "full") -> None:
+        self.name = str(path)
+        self._lock = FolderLock(path.parent)
+        try:
+            self._engine = open_writer(path, synchronous)
+        except ConfigError:
+            self._lock.release()
+            raise
+        self.reader = open_reader(path)
+        with self._engine.begin() as c:
+            self.epoch = take_over(c, holder())
+
+    def connect(self) -> Connection:
+        return self._engine.connect()
+
+    @contextmanager
+    def transaction(self, connection: Connection) -> Iterator[None]:
+        # Nobody else can have taken the folder: the kernel holds the lock until this process ends.
+        with connection.begin():
+            yield
+
+    def close(self) -> None:
+        self.reader.dispose()
+        self._engine.dispose()
+        self._lock.release()

@@ -8,14 +8,14 @@ from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, Engine, delete, func, insert, select
-from sqlalchemy.dialects.sqlite import insert as upsert
 
 from flyball.app.store.acts import put_directive, put_skipped
+from flyball.app.store.dialects import upsert
 from flyball.app.store.ledger import put_entry
 from flyball.app.store.operations import put_operation
 from flyball.app.store.outbox import put_outbox
 from flyball.app.store.rows import Commit, DeadLetter, EdgeTotals, LogRow, Removed
-from flyball.app.store.tables import dead_letters, incident_changes, incidents, log, meta, snapshots
+from flyball.app.store.tables import dead_letters, incident_changes, incidents, log, meta, offsets, snapshots
 from flyball.core.directives import Directive, DirectiveChange
 from flyball.core.incident import Incident, IncidentChange, State
 
@@ -56,19 +56,23 @@ def append_dead_letters(c: Connection, letters: Sequence[DeadLetter]) -> None:
 
 
 def apply_commit(
-    c: Connection, commit: Commit, shown: Sequence[tuple[DirectiveChange, Directive | None]] = ()
+    c: Connection,
+    commit: Commit,
+    shown: Sequence[tuple[DirectiveChange, Directive | None]] = (),
+    owner: int = 0,
 ) -> None:
     """Everything of `commit`, inside the caller's transaction.
 
     Args:
         shown: the commit's directives, each with what enforcement points see of it.
+        owner: epoch of the Flyball that writes; stands in every line of the ledger and every directive.
     """
     for change in commit.changes:
         _put_incident(c, change)
     for entry in commit.entries:
-        put_entry(c, entry)
+        put_entry(c, entry, owner)
     for moved, visible in shown:
-        put_directive(c, moved, visible)
+        put_directive(c, moved, visible, owner)
     for row in commit.outbox:
         put_outbox(c, row)
     for operation in commit.operations:
@@ -76,7 +80,7 @@ def apply_commit(
     put_skipped(c, commit.skipped)
     if commit.snapshot is not None:
         c.execute(
-            upsert(snapshots)
+            upsert(c, snapshots)
             .values(position=commit.position, at=commit.at, body=commit.snapshot)
             .on_conflict_do_nothing()
         )
@@ -96,11 +100,14 @@ def _put_incident(c: Connection, change: IncidentChange) -> None:
     }  # fmt: skip
     seq = select(func.coalesce(func.max(incidents.c.seq), 0) + 1).scalar_subquery()
     c.execute(
-        upsert(incidents).values(seq=seq, **values).on_conflict_do_update(index_elements=["id"], set_=values)
+        upsert(c, incidents)
+        .values(seq=seq, **values)
+        .on_conflict_do_update(index_elements=["id"], set_=values)
     )
     if change.old != change.new:
         c.execute(
             insert(incident_changes).values(
+                seq=select(func.coalesce(func.max(incident_changes.c.seq), 0) + 1).scalar_subquery(),
                 incident=i.id,
                 at=change.at,
                 old=change.old,
@@ -113,10 +120,28 @@ def _put_incident(c: Connection, change: IncidentChange) -> None:
 
 def put_meta(c: Connection, key: str, value: str) -> None:
     c.execute(
-        upsert(meta)
+        upsert(c, meta)
         .values(key=key, value=value)
         .on_conflict_do_update(index_elements=["key"], set_={"value": value})
     )
+
+
+def put_offsets(c: Connection, consumed: Mapping[tuple[str, int], int]) -> None:
+    """How far sources were read: (source, partition) → the offset that comes next. Stored with what was read, or not at all."""
+    for (source, partition), next_offset in consumed.items():
+        found = {"next_offset": next_offset}
+        row = {"source": source, "partition": partition} | found
+        key = ["source", "partition"]
+        c.execute(upsert(c, offsets).values(row).on_conflict_do_update(index_elements=key, set_=found))
+
+
+def get_offsets(c: Connection, source: str | None = None) -> dict[tuple[str, int], int]:
+    """(source, partition) → the offset that comes next; of one source or of all."""
+    t = offsets.c
+    query = select(t.source, t.partition, t.next_offset).order_by(t.source, t.partition)
+    if source is not None:
+        query = query.where(t.source == source)
+    return {(name, partition): next_offset for name, partition, next_offset in c.execute(query)}
 
 
 def put_edge(c: Connection, received: Mapping[str, int], rejected: Mapping[str, int]) -> None:
@@ -207,19 +232,18 @@ def read_log(
     c: Connection, after: int, until: int | None = None, *, limit: int = 1024, most_bytes: int = 8 << 20
 ) -> list[LogRow]:
     """Records behind `after`, up to `until`, in order: at least one if there is one, then until `most_bytes` are full."""
-    query = select(log.c.id, log.c.kind, log.c.received_at, log.c.sender, log.c.n, log.c.body)
-    query = query.where(log.c.id > after).order_by(log.c.id).limit(limit)
+    sizes = select(log.c.id, log.c.size).where(log.c.id > after).order_by(log.c.id).limit(limit)
     if until is not None:
-        query = query.where(log.c.id <= until)
-    rows: list[LogRow] = []
-    size = 0
-    with c.execute(query) as found:
-        for row in found:
-            rows.append(LogRow(*row))
-            size += len(rows[-1].body)
-            if size >= most_bytes:
-                break
-    return rows
+        sizes = sizes.where(log.c.id <= until)
+    # Sizes first: PostgreSQL's driver takes a whole answer into memory, and one record may be megabytes.
+    last = full = 0
+    for row_id, size in c.execute(sizes).all():
+        last, full = row_id, full + size
+        if full >= most_bytes:
+            break
+    query = select(log.c.id, log.c.kind, log.c.received_at, log.c.sender, log.c.n, log.c.body)
+    rows = c.execute(query.where(log.c.id > after, log.c.id <= last).order_by(log.c.id))
+    return [LogRow(*row) for row in rows]
 
 
 def iter_log(engine: Engine, after: int, until: int) -> Iterator[LogRow]:

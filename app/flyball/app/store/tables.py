@@ -1,29 +1,36 @@
-"""The tables. Bodies are JSON or msgpack of core types; columns beside them exist only to be searched by."""
+"""The tables. Bodies are JSON or msgpack of core types; columns beside them exist only to be searched by.
+
+A change here is a migration too: `migrations/versions/`, and a test holds the two together.
+"""
 
 from __future__ import annotations
 
-from sqlalchemy import Column, Float, Index, Integer, LargeBinary, MetaData, String, Table, Text
+from sqlalchemy import Column, Float, Index, Integer, LargeBinary, MetaData, Table
+
+from flyball.app.store.dialects import text, whole, words
 
 metadata = MetaData()
 
 log = Table(
     "log",
     metadata,
-    Column("id", Integer, primary_key=True),
-    Column("kind", String, nullable=False),  # events, tick, order
+    Column("id", whole(), primary_key=True, autoincrement=False),
+    Column("kind", words(), nullable=False),  # events, tick, order
     Column("received_at", Float, nullable=False),
-    Column("sender", String, nullable=False),
+    Column("sender", words(), nullable=False),
     Column("n", Integer, nullable=False),
-    Column("size", Integer, nullable=False),
+    Column("size", whole(), nullable=False),
     Column("body", LargeBinary, nullable=False),
 )
 
-meta = Table("meta", metadata, Column("key", String, primary_key=True), Column("value", Text, nullable=False))
+meta = Table(
+    "meta", metadata, Column("key", words(), primary_key=True), Column("value", text(), nullable=False)
+)
 
 snapshots = Table(
     "snapshots",
     metadata,
-    Column("position", Integer, primary_key=True),
+    Column("position", whole(), primary_key=True, autoincrement=False),
     Column("at", Float, nullable=False),
     Column("body", LargeBinary, nullable=False),
 )
@@ -31,12 +38,12 @@ snapshots = Table(
 incidents = Table(
     "incidents",
     metadata,
-    Column("id", String, primary_key=True),
-    Column("seq", Integer, nullable=False),
+    Column("id", words(), primary_key=True),
+    Column("seq", whole(), nullable=False),
     Column("at", Float, nullable=False),
     Column("updated_at", Float, nullable=False),
-    Column("state", String, nullable=False),
-    Column("root", String, nullable=False),
+    Column("state", words(), nullable=False),
+    Column("root", words(), nullable=False),
     Column("revision", Integer, nullable=False),
     Column("body", LargeBinary, nullable=False),
     Index("incidents_seq", "seq"),
@@ -45,61 +52,63 @@ incidents = Table(
 incident_changes = Table(
     "incident_changes",
     metadata,
-    Column("seq", Integer, primary_key=True),
-    Column("incident", String, nullable=False, index=True),
+    Column("seq", whole(), primary_key=True, autoincrement=False),
+    Column("incident", words(), nullable=False, index=True),
     Column("at", Float, nullable=False),
-    Column("old", String, nullable=False),
-    Column("new", String, nullable=False),
-    Column("reason", Text, nullable=False),
+    Column("old", words(), nullable=False),
+    Column("new", words(), nullable=False),
+    Column("reason", text(), nullable=False),
     Column("revision", Integer, nullable=False),
 )
 
 ledger = Table(
     "ledger",
     metadata,
-    Column("seq", Integer, primary_key=True),
-    Column("key", String, nullable=False, unique=True),
+    Column("seq", whole(), primary_key=True, autoincrement=False),
+    Column("key", words(), nullable=False, unique=True),
     Column("at", Float, nullable=False),
-    Column("kind", String, nullable=False),
-    Column("incident", String, nullable=False, index=True),
-    Column("runbook", String, nullable=False),
+    Column("kind", words(), nullable=False),
+    Column("incident", words(), nullable=False, index=True),
+    Column("runbook", words(), nullable=False),
     Column("body", LargeBinary, nullable=False),
     Column("hash", LargeBinary, nullable=False),
+    Column("owner", whole(), nullable=False, server_default="0"),  # epoch of the Flyball that wrote it
 )
 
 directives = Table(
     "directives",
     metadata,
-    Column("id", String, primary_key=True),
+    Column("id", words(), primary_key=True),
     Column("epoch", Integer, nullable=False),
     Column("expires_at", Float, nullable=False),
     Column("ended_at", Float),
-    Column("change", String, nullable=False),
-    Column("reason", Text, nullable=False),
+    Column("change", words(), nullable=False),
+    Column("reason", text(), nullable=False),
     Column("body", LargeBinary, nullable=False),
     Column("shown", LargeBinary),  # as enforcement points see it; empty while a stop keeps it from them
+    Column("owner", whole(), nullable=False, server_default="0"),  # epoch of the Flyball that changed it last
 )
 
 stops = Table(
     "stops",
     metadata,
-    Column("scope", String, primary_key=True),
+    Column("scope", words(), primary_key=True),
     Column("body", LargeBinary, nullable=False),
 )
 
 operations = Table(
     "operations",
     metadata,
-    Column("id", String, primary_key=True),
-    Column("verb", String, primary_key=True),
+    Column("id", words(), primary_key=True),
+    Column("verb", words(), primary_key=True),
     Column("attempt", Integer, nullable=False),
-    Column("hook", String, nullable=False),
+    Column("hook", words(), nullable=False),
     Column("at", Float, nullable=False),
     Column("due_at", Float, nullable=False),
-    Column("state", String, nullable=False),  # reserved, sending, asking, done
+    Column("state", words(), nullable=False),  # reserved, sending, asking, done
     Column("since", Float, nullable=False),
     Column("tries", Integer, nullable=False),
-    Column("told", String, nullable=False),
+    Column("told", words(), nullable=False),
     Column("body", LargeBinary, nullable=False),
     Index("operations_due", "state", "due_at"),
 )
@@ -107,39 +116,55 @@ operations = Table(
 skipped = Table(
     "skipped",
     metadata,
-    Column("position", Integer, primary_key=True),
+    Column("position", whole(), primary_key=True, autoincrement=False),
     Column("at", Float, nullable=False),
-    Column("kind", String, nullable=False),
-    Column("reason", Text, nullable=False),
+    Column("kind", words(), nullable=False),
+    Column("reason", text(), nullable=False),
 )
 
 outbox = Table(
     "outbox",
     metadata,
-    Column("id", String, primary_key=True),
-    Column("incident", String, nullable=False),
+    Column("id", words(), primary_key=True),
+    Column("incident", words(), nullable=False),
     Column("revision", Integer, nullable=False),
-    Column("channel", String, nullable=False),
+    Column("channel", words(), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("due_at", Float, nullable=False),
     Column("attempts", Integer, nullable=False),
-    Column("state", String, nullable=False),  # pending, sent, dead, superseded
-    Column("why", Text, nullable=False),
+    Column("state", words(), nullable=False),  # pending, sent, dead, superseded
+    Column("why", text(), nullable=False),
     Column("body", LargeBinary, nullable=False),
-    Column("receipt", Text, nullable=False),
+    Column("receipt", text(), nullable=False),
     Index("outbox_due", "state", "due_at"),
 )
 
 dead_letters = Table(
     "dead_letters",
     metadata,
-    Column("id", Integer, primary_key=True),
+    Column("id", whole(), primary_key=True),
     Column("at", Float, nullable=False),
-    Column("sender", String, nullable=False),
-    Column("format", String, nullable=False),
-    Column("reason", String, nullable=False),
-    Column("detail", Text, nullable=False),
+    Column("sender", words(), nullable=False),
+    Column("format", words(), nullable=False),
+    Column("reason", words(), nullable=False),
+    Column("detail", text(), nullable=False),
     Column("n", Integer, nullable=False),
-    Column("size", Integer, nullable=False),
+    Column("size", whole(), nullable=False),
     Column("body", LargeBinary),
+)
+
+owner = Table(
+    "owner",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),  # one row: 1
+    Column("epoch", whole(), nullable=False),  # grows whenever another Flyball takes the database
+    Column("holder", words(), nullable=False),  # host and process, for people
+)
+
+offsets = Table(
+    "offsets",
+    metadata,
+    Column("source", words(), primary_key=True),
+    Column("partition", Integer, primary_key=True, autoincrement=False),
+    Column("next_offset", whole(), nullable=False),
 )
