@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Final
 
 from flyball.app.store.rows import DeadLetter
 from flyball.app.writer import Limits, Overloaded
@@ -13,6 +12,7 @@ from flyball.core.errors import NotAccepted
 from flyball.core.events import TYPE_NAMES, Event
 from flyball.core.ports import Clock
 from flyball.streams.kafka.config import KafkaConfig
+from flyball.streams.kafka.dead_letters import KafkaLetter, to_headers
 from flyball.streams.kafka.producer import MOST_EVENT_BYTES, Letter, Part, Producer, ProducerSettings
 
 
@@ -97,7 +97,7 @@ class KafkaIngest:
         """Raises: Overloaded, NotAccepted, Failed. The future: as of `Producer.append`."""
         parts = self.encode(events) if body is None else body
         letters = [_letter(d) for d in dead]
-        self.admit(sum(len(p.data) for p in parts) + sum(len(x.data) for x in letters), patient)
+        self.admit(sum(len(p.data) for p in parts) + sum(len(x.data or b"") for x in letters), patient)
         done = self.producer.append(parts, sender, received_at, letters)
         kinds = Counter(TYPE_NAMES[type(e)] for e in events)
 
@@ -114,16 +114,12 @@ class KafkaIngest:
         return done
 
 
-_CUT: Final = "bytes-left-out"
-
-
 def _letter(dead: DeadLetter) -> Letter:
-    """The bytes are the record's value, all else its headers; without bytes where a setting says so, or where they do not fit."""
-    data = dead.body if dead.body is not None and len(dead.body) <= MOST_EVENT_BYTES else None
-    told = {
-        "reason": dead.reason, "detail": dead.detail[:2000], "format": dead.format, "sender": dead.sender,
-        "received_at": repr(dead.at), "size": str(dead.size), "n": str(dead.n), "origin": "ingest",
-    }  # fmt: skip
-    if data is None:
-        told[_CUT] = "1"
-    return Letter(data or b"", [(k, v.encode("utf-8", "replace")) for k, v in told.items()])
+    """As what a worker puts aside, but of no topic: it came over HTTP. Without bytes where a setting says so, or where they do not fit."""
+    fits = dead.body is not None and len(dead.body) <= MOST_EVENT_BYTES
+    of_body = {"flyball-format": dead.format, "sender": dead.sender, "events": str(dead.n)}
+    letter = KafkaLetter(
+        topic="", partition=-1, offset=-1, reason=dead.reason, detail=dead.detail[:2000], at=dead.at, size=dead.size,
+        body=dead.body if fits else None, headers=tuple((k, v.encode("utf-8", "replace")) for k, v in of_body.items()),
+    )  # fmt: skip
+    return Letter(letter.body, to_headers(letter), letter.key)

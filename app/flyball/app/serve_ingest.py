@@ -23,6 +23,8 @@ from flyball.app.serve import GRACE_S, Server, listen
 from flyball.app.settings import Settings, unknown_variables
 from flyball.app.wiring import hash_key, make_formats
 from flyball.app.writer import Limits
+from flyball.streams.kafka.admin import require_cluster, wanted
+from flyball.streams.kafka.producer import WRITTEN
 
 _log = structlog.get_logger(__name__)
 
@@ -30,7 +32,7 @@ _log = structlog.get_logger(__name__)
 def serve_ingest(settings: Settings) -> int:
     """Runs until SIGTERM or Ctrl-C. Returns the exit code: 0 when everything taken was also acknowledged.
 
-    Raises: ConfigError when the port is taken, no broker answers, or a topic is missing.
+    Raises: ConfigError when the port is taken, or the cluster cannot be reached or is not as it must be.
     """
     configure_logging()
     # The client tells every failed connection, ten times a second while a broker is away; what it means is told by us, once.
@@ -38,6 +40,8 @@ def serve_ingest(settings: Settings) -> int:
     for told in unknown_variables(os.environ):
         _log.warning("variable.unknown", what=told)
     with listen(settings.host, settings.port) as listener:
+        for differs in require_cluster(settings.kafka.config(), wanted(settings.kafka.partitions, WRITTEN)):
+            _log.warning("kafka.differs", what=str(differs))
         return asyncio.run(_serve(settings, listener))
 
 

@@ -86,10 +86,11 @@ class Part(NamedTuple):
 
 
 class Letter(NamedTuple):
-    """A record of the dead letters."""
+    """A record of the dead letters; `data` is None where the bytes are not kept."""
 
-    data: bytes
+    data: bytes | None
     headers: Headers
+    key: bytes
 
 
 class _Body:
@@ -122,12 +123,12 @@ class _Body:
 class _Record:
     """Lines of one sender on their way to one partition."""
 
-    __slots__ = ("bodies", "headers", "pieces", "received_at", "sender", "size")
+    __slots__ = ("bodies", "letter", "pieces", "received_at", "sender", "size")
 
-    def __init__(self, sender: str, received_at: float, headers: Headers | None = None) -> None:
+    def __init__(self, sender: str, received_at: float, letter: Letter | None = None) -> None:
         self.sender = sender
         self.received_at = received_at
-        self.headers = headers
+        self.letter = letter
         self.pieces: list[bytes] = []
         self.bodies: list[_Body] = []
         self.size = 0
@@ -140,9 +141,15 @@ class _Record:
             self.bodies.append(body)
             body.waiting += 1
 
-    def told(self) -> Headers:
-        if self.headers is not None:
-            return self.headers
+    def put_into(self, batch: Any) -> bool:
+        """False when the batch has no room for it."""
+        key, headers = None, self._headers() if self.letter is None else self.letter.headers
+        value: bytes | None = self.pieces[0] if len(self.pieces) == 1 else b"\n".join(self.pieces)
+        if self.letter is not None:
+            value, key = self.letter.data, self.letter.key
+        return batch.append(timestamp=None, key=key, value=value, headers=headers) is not None
+
+    def _headers(self) -> Headers:
         return [
             ("content-type", NDJSON.encode()),
             ("sender", self.sender.encode("utf-8", "replace")),
@@ -326,8 +333,8 @@ class Producer:
             self._add(part, sender, received_at, body)
         for letter in letters:
             self._next_letter += 1
-            record = _Record(sender, received_at, letter.headers)
-            record.add(letter.data, body, received_at)
+            record = _Record(sender, received_at, letter)
+            record.add(letter.data or b"", body, received_at)
             partition = self._next_letter % self._partitions[DEAD_LETTERS]
             self._count(record)
             self._seal(self._lane(DEAD_LETTERS, partition), record)
@@ -427,8 +434,7 @@ class Producer:
             if all(body.over for body in record.bodies):
                 self._settle([lane.ready.popleft()], None)
                 continue
-            value = record.pieces[0] if len(record.pieces) == 1 else b"\n".join(record.pieces)
-            if batch.append(timestamp=None, key=None, value=value, headers=record.told()) is None:
+            if not record.put_into(batch):
                 break
             taken.append(lane.ready.popleft())
             if batch.size() >= self._batch_bytes:
