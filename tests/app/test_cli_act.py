@@ -61,6 +61,8 @@ def test_a_plan_is_read_approved_watched_stopped_and_let_go(tmp_path: Path) -> N
             run("resume", "runbook:provider-failover", *at).stdout.strip()
             == "goes on: runbook:provider-failover"
         )
+        assert run("stops", *at).stdout == "nothing is stopped\n"
+        assert run("approvals", *at).stdout == "nothing waits for a person\n"
         assert run("runbook", "reset", "provider-failover", *at).returncode == 0
 
         data = ("--data", str(tmp_path))

@@ -41,7 +41,10 @@ def approvals(url: Url = DEFAULT_URL, token: TokenOption = "", as_json: AsJson =
     """
     from flyball.app.text import waiting_lines
 
-    for w in get(url, token, "/v1/approvals"):
+    waiting = get(url, token, "/v1/approvals")
+    if not waiting and not as_json:
+        print("nothing waits for a person")
+    for w in waiting:
         if as_json:
             print_json(w)
             continue
@@ -84,7 +87,10 @@ def stops(url: Url = DEFAULT_URL, token: TokenOption = "", as_json: AsJson = Fal
     """
     from flyball.app.text import clock
 
-    for s in get(url, token, "/v1/stops"):
+    live = get(url, token, "/v1/stops")
+    if not live and not as_json:
+        print("nothing is stopped")
+    for s in live:
         if as_json:
             print_json(s)
         else:
