@@ -26,8 +26,9 @@ from flyball.app.notify import AlertRouter, notifications
 from flyball.app.reload import RunbookWatch
 from flyball.app.scrape import scrapes
 from flyball.app.settings import Settings, unknown_variables
-from flyball.app.wiring import database_path, hash_key, make_formats, make_pipeline
-from flyball.core.errors import ConfigError
+from flyball.app.store.database import Database
+from flyball.app.wiring import database_of, hash_key, make_formats, make_pipeline
+from flyball.core.errors import ConfigError, FlyballError
 
 _TICK_S: Final = 1.0
 _TRIM_S: Final = 60.0
@@ -38,12 +39,16 @@ SWITCH_INTERVAL_S: Final = 0.002
 _log = structlog.get_logger(__name__)
 
 
-def make_runtime(settings: Settings) -> Embedded:
-    """Raises: ConfigError when a runbook, the data folder or the database is not as it should be."""
+def make_runtime(settings: Settings, database: Database | None = None) -> Embedded:
+    """Args:
+        database: where this process owns it already.
+
+    Raises: ConfigError when a runbook, the data folder or the database is not as it should be; DatabaseLost when it does not answer.
+    """
     limits, kept = settings.limits, settings.retention
     return Embedded(
         lambda: make_pipeline(settings, monotonic),
-        database_path(settings.data),
+        database or database_of(settings),
         SystemClock(),
         alerts=AlertRouter(settings.notify),
         limits=Limits(limits.pending_bytes, limits.backlog_bytes, limits.memory_events),
@@ -72,7 +77,7 @@ def serve(settings: Settings) -> int:
     listener = listen(settings.host, settings.port)
     try:
         runtime = make_runtime(settings)
-    except ConfigError:
+    except FlyballError:
         listener.close()
         raise
     formats = make_formats(settings, hash_key(settings))
@@ -87,7 +92,7 @@ def serve(settings: Settings) -> int:
     runtime.on_failure = background.on_failure = partial(setattr, server, "should_exit", True)
     port = listener.getsockname()[1]
     _log.info(
-        "started", url=f"http://{settings.host}:{port}", data=str(settings.data), mode=settings.mode,
+        "started", url=f"http://{settings.host}:{port}", data=str(settings.data), database=runtime.database.name, mode=settings.mode,
         position=runtime.position,
     )  # fmt: skip
     with contextlib.suppress(KeyboardInterrupt):

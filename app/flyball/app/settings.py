@@ -47,7 +47,7 @@ OTHER_VARIABLES: Final = frozenset(
     | {f"FLYBALL_POINT_{name}" for name in ("NAME", "KEEP", "LIMIT_SHARE", "GROUPS", "LABELS")}
 )
 """Variables of ours that are no settings: the command line's client, the benchmarks, the tests, the LiteLLM guard."""
-_SECRET: Final = frozenset({"tokens", "hash_key", "notify", "hooks", "slack", "kafka"})
+_SECRET: Final = frozenset({"tokens", "hash_key", "notify", "hooks", "slack", "kafka", "database"})
 """Settings whose values are never shown, because secrets stand in them."""
 _SERVICE_LINK: Final = re.compile(r"FLYBALL_(\w+_)?(PORT|SERVICE)(_\w+)?")
 """What Kubernetes sets in every pod for a service that is called flyball."""
@@ -222,6 +222,10 @@ class Settings(BaseSettings):
     data: Path = Field(
         Path("flyball-data"),
         description="Folder of the database. Paths in the settings file count from the file, others from where Flyball is started.",
+    )
+    database: SecretStr = Field(
+        SecretStr(""),
+        description="Address of a PostgreSQL, `postgresql://USER:PASSWORD@HOST:PORT/NAME`; empty means SQLite in the folder `data`.",
     )
     runbooks: list[Path] = Field(
         default_factory=list,

@@ -89,6 +89,11 @@ def database_path(data: Path) -> Path:
     return data / DATABASE_FILE
 
 
+def database_of(settings: Settings) -> Path | str:
+    """Where the database is: the file in the data folder, or the address of a PostgreSQL."""
+    return settings.database.get_secret_value() or database_path(settings.data)
+
+
 def lab_governor(**changes: Any) -> Pipeline:
     """A pipeline with default settings, for the lab: `flyball.app.wiring:lab_governor`. `changes` are settings."""
     return Pipeline(pipeline_config(Settings.model_construct(**({"runbooks": []} | changes))))

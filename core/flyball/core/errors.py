@@ -16,7 +16,9 @@ from collections.abc import Iterable
 
 
 class FlyballError(Exception):
-    """Base of every error that Flyball raises on purpose."""
+    """Base of every error that Flyball raises on purpose. `exit_code` is what the command line ends with."""
+
+    exit_code = 2
 
 
 class ConfigError(FlyballError):

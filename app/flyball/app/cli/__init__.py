@@ -11,6 +11,7 @@ from typer.exceptions import TyperException
 
 from flyball.app.cli import (
     act,
+    database,
     hook,
     lab,
     ledger,
@@ -72,6 +73,7 @@ act.add_to(app)
 setup.add_to(app)
 lab.add_to(app)
 hook.add_to(app)
+database.add_to(app)
 rehearse.add_to(runbook.group)
 app.add_typer(runbook.group, name="runbook")
 
@@ -92,7 +94,7 @@ def _run() -> int:
     except Unreachable as e:
         code = _say(e, 3)
     except FlyballError as e:
-        code = _say(e, 2)
+        code = _say(e, e.exit_code)
     except BrokenPipeError:
         code = 0  # `flyball ... | head` is no error
     except TyperException as e:

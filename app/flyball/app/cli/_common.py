@@ -89,22 +89,18 @@ def post(url: str, token: str, path: str, body: dict[str, Any]) -> dict[str, Any
 
 
 @contextmanager
-def database(data: Path) -> Iterator[Connection]:
-    """The database of a data folder, to be read, also beside a running Flyball."""
-    from flyball.app.store.sqlite import open_reader
+def database(data: Path | str) -> Iterator[Connection]:
+    """The database of a data folder or at an address, to be read, also beside a running Flyball."""
+    from flyball.app.store.database import reading
     from flyball.app.wiring import database_path
 
-    path = database_path(data)
-    if not path.exists():
+    where = database_path(data) if isinstance(data, Path) else data
+    if isinstance(where, Path) and not where.exists():
         raise ConfigError(
             "holds no Flyball database; name the folder that `flyball run --data` uses", where=str(data)
         )
-    engine = open_reader(path)
-    try:
-        with engine.connect() as c:
-            yield c
-    finally:
-        engine.dispose()
+    with reading(where) as c:
+        yield c
 
 
 def _detail(response: httpx.Response) -> str:

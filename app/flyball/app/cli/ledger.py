@@ -1,13 +1,15 @@
-"""`flyball ledger …`: the durable record of every decision and action, read from the data folder."""
+"""`flyball ledger …`: the durable record of every decision and action, read from the database."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from flyball.app.cli._common import AsJson, database, print_json
+from flyball.app.cli.database import Database
 from flyball.core.errors import ConfigError
 
 _Folder = Annotated[Path, typer.Option("--data", help="Data folder.")]
@@ -22,8 +24,13 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(ledger, name="ledger")
 
 
+def _where(data: Path, postgres: str | None) -> Path | str:
+    return postgres or (os.environ.get("FLYBALL_DATABASE", "") if data == _DATA else "") or data
+
+
 def list_(
     data: _Folder = _DATA,
+    postgres: Database = None,
     incident: Annotated[str, typer.Option(help="Only of this incident.")] = "",
     runbook: Annotated[str, typer.Option(help="Only of this runbook.")] = "",
     kind: Annotated[str, typer.Option(help="Only decision, directive, outcome, operation or person.")] = "",
@@ -40,7 +47,7 @@ def list_(
     """
     from flyball.app.store.ledger import list_ledger
 
-    with database(data) as c:
+    with database(_where(data, postgres)) as c:
         entries = list_ledger(c, incident, limit, runbook=runbook, kind=kind, newest=True)
     for e in entries:
         if as_json:
@@ -58,6 +65,7 @@ def _line(e: dict[str, Any]) -> str:
 def show(
     key: Annotated[str, typer.Argument(help="Key or number of the line, as `flyball ledger list` shows it.")],
     data: _Folder = _DATA,
+    postgres: Database = None,
     as_json: AsJson = False,
 ) -> None:
     """One line of the ledger in full: who, what, why, and the values it was decided on.
@@ -71,7 +79,7 @@ def show(
     from flyball.app.store.ledger import get_entry
     from flyball.app.text import entry_lines
 
-    with database(data) as c:
+    with database(_where(data, postgres)) as c:
         found = get_entry(c, key)
     if found is None:
         raise ConfigError(f"the ledger has no line {key[:100]!r}; `flyball ledger list` lists them")
@@ -82,7 +90,7 @@ def show(
         print(line)
 
 
-def verify(data: _Folder = _DATA) -> None:
+def verify(data: _Folder = _DATA, postgres: Database = None) -> None:
     """Checks the chain of hashes: every line seals all before it. Exit code 1 when one was changed or removed.
 
     Examples:
@@ -93,7 +101,7 @@ def verify(data: _Folder = _DATA) -> None:
     """
     from flyball.app.store.ledger import verify_ledger
 
-    with database(data) as c:
+    with database(_where(data, postgres)) as c:
         broken = verify_ledger(c)
     if broken is not None:
         print(f"the ledger was changed at or before line {broken}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from flyball.app.cli._common import Config, Runbooks
+from flyball.app.cli.database import Database
 
 
 def add_to(app: typer.Typer) -> None:
@@ -20,6 +21,7 @@ def run(
     data: Annotated[
         Path | None, typer.Option(help="Folder of the database.", show_default="flyball-data")
     ] = None,
+    database: Database = None,
     runbooks: Runbooks = None,
     kafka: Annotated[
         str | None,
@@ -44,12 +46,21 @@ def run(
 
       flyball run --port 4390 --data /var/lib/flyball --config flyball.yaml --mode auto
 
+      flyball run --database postgresql://flyball:PASSWORD@db.example.com/flyball
+
       flyball run --kafka kafka-1:9092,kafka-2:9092
     """
     from flyball.app.serve import serve
     from flyball.app.settings import load
 
     settings = load(
-        config, host=host, port=port, data=data, runbooks=runbooks or None, mode=mode, kafka=kafka
+        config,
+        host=host,
+        port=port,
+        data=data,
+        database=database,
+        runbooks=runbooks or None,
+        mode=mode,
+        kafka=kafka,
     )
     raise typer.Exit(serve(settings))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Protocol
@@ -62,10 +63,18 @@ def wait_for_ownership(url: str, stopped: Event, synchronous: str = "full") -> P
     return stand_by(url, stopped, synchronous)
 
 
-def open_for_reading(where: Path | str) -> Engine:
-    """Connections that cannot write, beside whoever owns the database. Raises: ConfigError."""
+@contextmanager
+def reading(where: Path | str) -> Iterator[Connection]:
+    """A connection that cannot write, beside whoever owns the database. Raises: ConfigError, NeedsUpgrade, DatabaseLost."""
     if isinstance(where, Path):
-        return open_reader(where)
-    from flyball.app.store.postgres import open_postgres_reader
+        engine = open_reader(where)
+        try:
+            with engine.connect() as c:
+                yield c
+        finally:
+            engine.dispose()
+        return
+    from flyball.app.store.postgres import reading_postgres
 
-    return open_postgres_reader(where)
+    with reading_postgres(where) as c:
+        yield c

@@ -80,7 +80,7 @@ def _connected(where: Path | str, *, alone: bool = False) -> Iterator[Connection
     name = postgres.shown(url)
     engine = postgres.engine_of(url, settings={})
     try:
-        with postgres.told_plainly(name), engine.connect() as c:
+        with postgres.told_plainly(name, postgres.ASK), engine.connect() as c:
             if alone and not postgres.try_lock(c, _WAIT_S):
                 with c.begin():
                     _, who = owner.current(c) if inspect(c).has_table("owner") else (0, "")

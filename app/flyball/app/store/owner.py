@@ -17,6 +17,8 @@ _ROW = 1
 class NeedsUpgrade(ConfigError):
     """The database is of an older schema, or has none yet; `flyball database upgrade` mends that."""
 
+    exit_code = 1
+
 
 class InUse(ConfigError):
     """Another Flyball owns the database."""
@@ -28,6 +30,8 @@ class Fenced(FlyballError):
 
 class DatabaseLost(FlyballError):
     """The database does not answer, or has ended the session. What was not acknowledged may or may not be stored."""
+
+    exit_code = 3
 
 
 def holder() -> str:

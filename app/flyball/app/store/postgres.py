@@ -64,6 +64,7 @@ def address(url: str) -> URL:
     return found.set(drivername="postgresql+psycopg")
 
 
+ASK: Final = "; is it running, and are address, user and password right?"
 _LIKE: Final = "write for example postgresql://flyball:PASSWORD@db.example.com:5432/flyball"
 
 
@@ -107,6 +108,19 @@ def engine_of(url: URL, *, settings: dict[str, str], pooled: bool = False) -> En
 
 def open_postgres_reader(where: str) -> Engine:
     return engine_of(address(where), settings={"default_transaction_read_only": "on"}, pooled=True)
+
+
+@contextmanager
+def reading_postgres(where: str) -> Iterator[Connection]:
+    """A connection that cannot write. Raises: ConfigError, NeedsUpgrade, DatabaseLost."""
+    url = address(where)
+    engine = open_postgres_reader(where)
+    try:
+        with told_plainly(shown(url), ASK), engine.connect() as c:
+            _require_schema(c, shown(url))
+            yield c
+    finally:
+        engine.dispose()
 
 
 def try_lock(c: Connection, patience_s: float, stopped: Event | None = None) -> bool:
@@ -166,7 +180,7 @@ class PostgresDatabase:
         if synchronous == "normal":
             settings["synchronous_commit"] = "off"
         self._engine = engine_of(url, settings=settings)
-        with told_plainly(self.name, "; is it running, and are address, user and password right?"):
+        with told_plainly(self.name, ASK):
             self._session = self._engine.connect()
         try:
             with told_plainly(self.name):
