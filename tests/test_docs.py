@@ -36,7 +36,7 @@ SERVES = {("run",), ("demo",), ("lab", "score"), ("runbook", "test")}
 """Commands that do not end by themselves or take long: their options are checked, they are run by other tests."""
 ASKS_A_SERVER = {
     ("status",), ("incident",), ("dead-letters",), ("doctor",), ("runbook", "explain"), ("runbook", "reset"), ("approve",), ("approvals",), ("stops",),
-    ("deny",), ("stop",), ("resume",), ("release",), ("hook",),
+    ("deny",), ("stop",), ("resume",), ("release",), ("hook",), ("topics",),
 }  # fmt: skip
 READS_FILES = {("replay",), ("ledger",), ("runbook", "backtest")}
 
@@ -173,6 +173,7 @@ SECRETS = {
     "SLACK_BOT_TOKEN": "xoxb-" + "1" * 20,
     "PAGERDUTY_KEY": "a" * 32,
     "SLACK_SIGNING_SECRET": "b" * 32,
+    "KAFKA_PASSWORD": "c" * 16,
     "HOOK_SECRET": "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVphYmNkZWY=",
 }
 

@@ -18,7 +18,7 @@ from flyball.app.settings import Settings, load, unknown_variables
 from flyball.app.store import ledger, store
 from flyball.app.store.sqlite import has_wal_reset_fault, open_reader
 from flyball.app.wiring import database_path, runbooks_of
-from flyball.core.errors import ConfigError
+from flyball.core.errors import ConfigError, FlyballError
 from flyball.remediation.actions.hook import Hook
 
 _LOW_DISK_BYTES: Final = 2 << 30
@@ -48,6 +48,7 @@ def examine(config: Path | None, url: str, token: str) -> list[Finding]:
     findings += _runbooks(settings)
     findings += _data(settings)
     findings += _notify(settings)
+    findings += _kafka(settings)
     return [*findings, *_running(url, token)]
 
 
@@ -133,6 +134,28 @@ def _notify(settings: Settings) -> Iterator[Finding]:
             "no channel is set: nobody is told of incidents",
             "add `notify.channels` (docs/alerts.md)",
         )
+
+
+def _kafka(settings: Settings) -> Iterator[Finding]:
+    """The cluster, where one is set: reach, version, topics and how they are kept, clocks."""
+    if not settings.kafka.bootstrap:
+        return
+    from flyball.streams.kafka import admin
+
+    try:
+        config = settings.kafka.config()
+        problems = admin.check_cluster(config, admin.wanted(settings.kafka.partitions))
+        yield from (Finding(f"kafka {p.check}", p.level, p.what, p.mend) for p in problems)
+        if any(p.check == "address" for p in problems):
+            return
+        with admin.connected(config) as client:
+            version = ".".join(map(str, admin.broker_version(client)))
+            brokers = len(client.describe_cluster()["brokers"])
+        yield Finding("kafka", "ok", f"{config.bootstrap}, {brokers} broker(s) of version {version}")
+        for p in admin.check_clock(config):
+            yield Finding(f"kafka {p.check}", p.level, p.what, p.mend)
+    except FlyballError as e:
+        yield Finding("kafka", "warn", str(e))
 
 
 def _running(url: str, token: str) -> Iterator[Finding]:
