@@ -485,13 +485,15 @@ class Producer:
             try:
                 await client.start()
                 await self._look_at_topics(client)
-            except (KafkaError, OSError, ConfigError) as e:
-                _log.warning("kafka.not_usable", why=_said(e))
-                await self._retire(client)
-                await asyncio.sleep(1.0)
-            else:
                 self._client = client
                 self._there.set()
+            except (KafkaError, OSError, ConfigError) as e:
+                _log.warning("kafka.not_usable", why=_said(e))
+            finally:
+                if self._client is not client:  # also when told to stop meanwhile
+                    await self._retire(client)
+            if self._client is None:
+                await asyncio.sleep(1.0)
 
     async def _watch(self) -> None:
         """Tells senders whose time is over; asks whether a broker is there."""
