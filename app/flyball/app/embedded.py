@@ -85,7 +85,7 @@ class Figures:
 
     @classmethod
     def of(cls, p: Pipeline, operations: Iterable[str] = ()) -> Figures:
-        stats = p.windows.stats
+        stats = p.window_stats
         totals = p.counters.as_dict() | {
             "duplicates": p.duplicates, "late": stats.late, "clamped": stats.clamped_future, "overflowed": stats.overflowed,
             "watermark": p.watermark, "disabled": dict(p.disabled),

@@ -1,7 +1,7 @@
 """The way of the data as one object: the same for the embedded runtime, for replay and for the lab.
 
     batch → dedup → (event detectors) → windows → (window detectors) → correlate → plan → execute
-                                                                          ↑___________________|
+      portions of partitions → merger ↗                                   ↑___________________|
 
 Everything here is deterministic: what comes in is events and ticks, what goes out is `Emissions`. A snapshot taken between two
 records, restored, gives the same emissions for every record after it.
@@ -36,7 +36,7 @@ from flyball.core.directives import (
 )
 from flyball.core.errors import ConfigError
 from flyball.core.estate import Emissions
-from flyball.core.events import TYPE_NAMES, Batch, Change
+from flyball.core.events import TYPE_NAMES, Batch, Change, LlmCall
 from flyball.core.incident import IncidentChange
 from flyball.core.plans import Mode, Plan, Waiting
 from flyball.core.stops import Stops, check_scope
@@ -54,7 +54,9 @@ from flyball.runbooks.explain import Explained
 from flyball.runbooks.loader import RunbookSet
 from flyball.runbooks.planner import Planner
 from flyball.streams.dedup import Deduplicator
-from flyball.streams.windows import Windows, WindowSettings
+from flyball.streams.merging import STALL_S, Merged, Merger
+from flyball.streams.portion import Portion
+from flyball.streams.windows import Windows, WindowSettings, WindowStats
 
 _log = structlog.get_logger(__name__)
 _STATE_VERSION = 1
@@ -74,6 +76,8 @@ class PipelineConfig:
     """Everything is decided and recorded, nothing takes effect."""
     scripted: bool = False
     """Nothing is done to the world: directives are judged as if they had worked (replay)."""
+    stall_s: float = STALL_S
+    """A source of portions whose time stands still for so long is not waited for."""
 
 
 @dataclass(slots=True)
@@ -122,6 +126,7 @@ class Pipeline:
         self._timer = timer
         self._dedup = Deduplicator()
         self.windows = Windows(config.windows)
+        self._merger: Merger | None = None
         budget = PageBudget(config.false_pages_per_week)
         detectors = default_detectors(budget)
         self._on_events = [d for d in detectors if d.reads == "events"]
@@ -144,6 +149,9 @@ class Pipeline:
             self._now = max(self._now, batch.events[-1].at)
         batch = self._timed("dedup", self._dedup.feed, batch)
         by_type: Counter[type] = Counter(map(type, batch.events))
+        if self._merger is not None and LlmCall in by_type:
+            # Its windows would be of other series than those of the merger, slot by slot.
+            raise ValueError("calls come in portions here; send them to the topics")
         for kind, n in by_type.items():
             self.counters.events[TYPE_NAMES[kind]] += n
         if len(by_type) > 1 or not self._windows_only(by_type):
@@ -152,10 +160,45 @@ class Pipeline:
             self._close(window, out)
         return self._counted(out)
 
+    def feed_portion(self, portion: Portion, at: float) -> Emissions:
+        """As `feed`, for what a front has made of the records of its partition. From the first on, calls come in portions only.
+
+        Args:
+            at: when it came here; stalled sources are told by it.
+
+        Raises: PortionError when its windows are cut otherwise than here.
+        """
+        out = Emissions()
+        if self._merger is None:
+            for window in self.windows.flush():
+                self._close(window, out)
+        merger = self._merger = self._merger or self._new_merger()
+        # Never later than `at`: clocks of producers set the times of records.
+        told = portion.newest if portion.received_at is None else portion.received_at
+        self._now = max(self._now, min(told, at))
+        before = merger.totals.copy()
+        self._take_merged(self._timed("merge", merger.feed, portion, at), out)
+        for kind in TYPE_NAMES.values():
+            if n := merger.totals[kind] - before[kind]:
+                self.counters.events[kind] += n
+        return self._counted(out)
+
+    def _take_merged(self, items: Sequence[Merged], out: Emissions) -> None:
+        for item in items:
+            if isinstance(item, Window):
+                self._close(item, out)
+            else:
+                self._judge_events(item, Counter(map(type, item.events)), out)
+
+    def _new_merger(self) -> Merger:
+        return Merger(self.config.windows, stall_s=self.config.stall_s)
+
     def tick(self, now: float) -> Emissions:
         """Lets time pass: windows that wait for silent senders close, leases expire, holds end."""
         self._now = max(self._now, now)
         out = Emissions()
+        if self._merger is not None:
+            self._take_merged(self._timed("merge", self._merger.tick, now), out)
         for window in self._timed("windows", self.windows.tick, now):
             self._close(window, out)
         anomalies: list[Anomaly] = []
@@ -174,6 +217,8 @@ class Pipeline:
         out = Emissions()
         for window in self.windows.flush():
             self._close(window, out)
+        if self._merger is not None:
+            self._take_merged(self._merger.flush(), out)
         return self._counted(out)
 
     def take(self, order: Order) -> Emissions:
@@ -239,12 +284,18 @@ class Pipeline:
 
     @property
     def duplicates(self) -> int:
-        return self._dedup.duplicates
+        return self._dedup.duplicates + (self._merger.duplicates if self._merger is not None else 0)
 
     @property
     def watermark(self) -> float:
         """Event time before which windows are closed; 0.0 before the first event."""
-        return max(0.0, self.windows.watermark)
+        merged = self._merger.watermark if self._merger is not None else 0.0
+        return max(0.0, self.windows.watermark, merged)
+
+    @property
+    def window_stats(self) -> WindowStats:
+        """What windows count, wherever they are made."""
+        return self.windows.stats if self._merger is None else self._merger.stats
 
     def snapshot(self) -> bytes:
         state = {
@@ -265,6 +316,7 @@ class Pipeline:
         if state["runbooks"] is not None:
             self._reload(msgspec.convert(state["runbooks"], RunbookTexts))
         saved = state["stages"]
+        self._merger = self._new_merger() if "merger" in saved else None
         for name, stage in self._stages():
             if name in saved:  # a detector that was added since starts empty
                 stage.restore(saved[name])
@@ -274,6 +326,8 @@ class Pipeline:
     def _stages(self) -> Iterable[tuple[str, Any]]:
         yield "dedup", self._dedup
         yield "windows", self.windows
+        if self._merger is not None:
+            yield "merger", self._merger
         for on_events in self._on_events:
             yield f"detector:{on_events.kind}", on_events
         for on_windows in self._on_windows:

@@ -118,7 +118,8 @@ class Merger:
             self.stale += 1
             return self._release()
         if portion.received_at is not None:
-            self._received_at = max(self._received_at or -math.inf, portion.received_at)
+            # Never later than it came: clocks of producers set the times of records.
+            self._received_at = max(self._received_at or -math.inf, min(portion.received_at, at))
         if 0 <= source.last < portion.first - 1:
             self.missed += portion.first - 1 - source.last
         source.waiting += [s for s in portion.singles if s.offset > source.last]
