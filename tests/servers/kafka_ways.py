@@ -6,12 +6,13 @@ import contextlib
 import itertools
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from flyball.streams.kafka.config import KafkaConfig
 from tests.servers.kafka_broker import CannotStart, Cluster, running_cluster
+from tests.servers.kafka_container import kafka_container
 
 _numbers = itertools.count(1)
 
@@ -35,31 +36,39 @@ class Kafka:
 
 
 @contextlib.contextmanager
-def by_address(folder: Path) -> Iterator[Kafka]:
-    address = os.environ.get("FLYBALL_TEST_KAFKA", "")
+def by_address(folder: Path, environ: Mapping[str, str]) -> Iterator[Kafka]:
+    address = environ.get("FLYBALL_TEST_KAFKA", "")
     if not address:
         raise CannotStart("FLYBALL_TEST_KAFKA is not set")
     yield Kafka(address, "address")
 
 
 @contextlib.contextmanager
-def by_jars(folder: Path) -> Iterator[Kafka]:
+def by_jars(folder: Path, environ: Mapping[str, str]) -> Iterator[Kafka]:
     with running_cluster(folder) as cluster:
         yield Kafka(cluster.bootstrap, "jars", cluster)
 
 
-WAYS = {"address": by_address, "jars": by_jars}
+@contextlib.contextmanager
+def by_container(folder: Path, environ: Mapping[str, str]) -> Iterator[Kafka]:
+    with kafka_container() as address:
+        yield Kafka(address, "container")
+
+
+WAYS = {"address": by_address, "jars": by_jars, "container": by_container}
 """In the order in which they are tried."""
 
 
 @contextlib.contextmanager
-def any_kafka(folder: Path) -> Iterator[Kafka]:
+def any_kafka(
+    folder: Path, environ: Mapping[str, str] = os.environ, ways: Iterable[str] = WAYS
+) -> Iterator[Kafka]:
     """The first way that works. Raises: CannotStart with the reasons of all."""
     reasons = []
     with contextlib.ExitStack() as stack:
-        for name, way in WAYS.items():
+        for name in ways:
             try:
-                found = stack.enter_context(way(folder))
+                found = stack.enter_context(WAYS[name](folder, environ))
             except CannotStart as e:
                 reasons.append(f"{name}: {e}")
                 continue
