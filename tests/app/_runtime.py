@@ -9,6 +9,7 @@ from typing import Any
 
 from flyball.app.embedded import Embedded
 from flyball.app.pipeline import Pipeline
+from flyball.app.store.database import Database
 from flyball.app.wiring import pipeline_config
 from flyball.core.events import Event, LlmCall
 from flyball.remediation import actions
@@ -64,10 +65,14 @@ def well(at: float, n: int = 60) -> list[Event]:
 
 @contextlib.contextmanager
 def started(
-    folder: Path, clock: SetClock | None = None, pipeline: Callable[[], Pipeline] = make_pipeline, **more: Any
+    place: Path | str | Database,
+    clock: SetClock | None = None,
+    pipeline: Callable[[], Pipeline] = make_pipeline,
+    **more: Any,
 ) -> Iterator[Embedded]:
-    """A runtime for as long as the block lasts; drained at its end."""
-    runtime = Embedded(pipeline, folder / "flyball.sqlite3", clock or SetClock(), **more)
+    """A runtime for as long as the block lasts; drained at its end. `place`: a folder, a database file or an address."""
+    where = place / "flyball.sqlite3" if isinstance(place, Path) and place.is_dir() else place
+    runtime = Embedded(pipeline, where, clock or SetClock(), **more)
     runtime.start()
     try:
         yield runtime

@@ -2,6 +2,8 @@
 
     python -m tests.app.crash_child DATABASE SCRIPT SNAPSHOT_EVERY_S
 
+DATABASE is a file, or the address of a PostgreSQL: of several processes on one, one works and the others stand by.
+
 The script is a list of steps, each one record of the log: a batch that arrived, a tick of the clock, or a person's word. How far an earlier life came is
 read off the log itself, as the sender of an acknowledged batch would know it. After each commit the position goes to standard output.
 """
@@ -9,6 +11,7 @@ read off the log itself, as the sender of an acknowledged batch would know it. A
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 
 import msgspec
@@ -19,6 +22,7 @@ from flyball.app.notify import AlertRouter
 from flyball.app.orders import decode_order
 from flyball.app.pipeline import Pipeline
 from flyball.app.settings import Settings
+from flyball.app.store.database import Database, wait_for_ownership
 from flyball.app.wiring import pipeline_config
 from flyball.core.codec import decode_events, encode_events
 from flyball.core.events import Event
@@ -67,7 +71,7 @@ def pipeline() -> Pipeline:
     return Pipeline(pipeline_config(settings(), runbooks=runbooks))
 
 
-def build(database: Path, clock: ScriptClock, snapshot_every_s: float = 20.0) -> Embedded:
+def build(database: Path | str | Database, clock: ScriptClock, snapshot_every_s: float = 20.0) -> Embedded:
     configured = settings()
     return Embedded(
         pipeline,
@@ -97,9 +101,14 @@ def play(runtime: Embedded, clock: ScriptClock, steps: list[Step], after: int, *
 
 def main() -> None:
     configure_logging()  # to standard error: standard output is for positions
-    database, script = Path(sys.argv[1]), Path(sys.argv[2])
-    steps = msgspec.msgpack.decode(script.read_bytes(), type=list[Step])
+    steps = msgspec.msgpack.decode(Path(sys.argv[2]).read_bytes(), type=list[Step])
     clock = ScriptClock()
+    database: Path | Database = Path(sys.argv[1])
+    if "://" in sys.argv[1]:
+        print("waiting", flush=True)
+        owned = wait_for_ownership(sys.argv[1], threading.Event())
+        assert owned is not None
+        database = owned
     runtime = build(database, clock, float(sys.argv[3]))
     runtime.start()
     play(runtime, clock, steps, runtime.appended, speak=True)

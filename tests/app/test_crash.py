@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +17,14 @@ import pytest
 from sqlalchemy import text
 
 from flyball.app.orders import Order, encode_order
-from flyball.app.store.sqlite import open_reader
+from flyball.app.store.database import reading
 from flyball.core.directives import Approval, StopChange
 from flyball.lab.estate import default_estate
 from flyball.lab.faults import ProviderOutage
 from flyball.lab.sim import START_AT, Simulator
 from tests.app.crash_child import ScriptClock, Step, build, pipeline, play
+from tests.processes import eventually
+from tests.servers.postgres import Postgres
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,9 +68,8 @@ def script(seconds: int = 420) -> list[Step]:
     return steps
 
 
-def contents(database: Path) -> dict[str, list[Any]]:
+def contents(database: Path | str) -> dict[str, list[Any]]:
     """Everything that people and programs can see, and the log; not when a message is due, nor when snapshots were taken."""
-    engine = open_reader(database)
     queries = {
         "log": "select id, kind, sender, n, body from log order by id",
         "incidents": "select id, seq, state, root, revision, body from incidents order by seq",
@@ -79,10 +82,8 @@ def contents(database: Path) -> dict[str, list[Any]]:
         "outbox": "select id, incident, revision, channel, why, state, body from outbox order by id",
         "meta": "select key, value from meta order by key",
     }
-    with engine.connect() as c:
-        found = {name: [tuple(r) for r in c.execute(text(q))] for name, q in queries.items()}
-    engine.dispose()
-    return found
+    with reading(database) as c:
+        return {name: [tuple(r) for r in c.execute(text(q))] for name, q in queries.items()}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Step], dict[st
     return steps, contents(folder / "db"), path
 
 
-def killed_and_restarted(database: Path, script_path: Path, kills: list[int], seed: int) -> None:
+def killed_and_restarted(database: Path | str, script_path: Path, kills: list[int], seed: int) -> None:
     """Runs the child, killing it once after each of the given positions was acknowledged; the last life runs to the end.
 
     How often it takes snapshots differs from life to life: it must not show.
@@ -115,7 +116,7 @@ def killed_and_restarted(database: Path, script_path: Path, kills: list[int], se
         assert child.stdout is not None
         if kill_at is not None:
             for line in child.stdout:
-                if int(line) >= kill_at:
+                if line.strip().isdecimal() and int(line) >= kill_at:
                     child.send_signal(signal.SIGKILL)
                     break
         _, errors = child.communicate(timeout=120)
@@ -141,21 +142,112 @@ def differences(found: dict[str, list[Any]], expected: dict[str, list[Any]]) -> 
 
 
 def test_five_kills_at_random_points_change_nothing(
-    whole: tuple[list[Step], dict[str, list[Any]], Path], tmp_path: Path
+    whole: tuple[list[Step], dict[str, list[Any]], Path], where: Path | str
 ) -> None:
+    """On PostgreSQL as well, and there as on SQLite: `whole` is SQLite's."""
     steps, expected, path = whole
     kills = sorted(random.Random(5).sample(range(1, len(steps)), 5))
-    killed_and_restarted(tmp_path / "db", path, kills, 5)
-    assert differences(contents(tmp_path / "db"), expected) == []
+    killed_and_restarted(where, path, kills, 5)
+    assert differences(contents(where), expected) == []
+
+
+# --- with others standing by ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def child(url: str, script: Path, every_s: str = "5.0") -> Iterator[subprocess.Popen[str]]:
+    """A process that plays the script once the database is its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.app.crash_child", url, str(script), every_s],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+        process.communicate(timeout=30)
+
+
+def reached(process: subprocess.Popen[str], position: int) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip().isdecimal() and int(line) >= position:
+            return
+    assert process.stderr is not None
+    raise AssertionError(process.stderr.read()[-2000:])
+
+
+def waits(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+
+
+def test_a_standby_takes_over_from_a_killed_owner_without_losing_or_repeating_anything(
+    whole: tuple[list[Step], dict[str, list[Any]], Path], postgres: Postgres
+) -> None:
+    steps, expected, script = whole
+    url = postgres.migrated()
+    with child(url, script) as first, child(url, script) as second, child(url, script) as third:
+        players = [first, second, third]
+        for process in players:
+            waits(process)
+        for kill_at in (len(steps) // 3, 2 * len(steps) // 3):
+            owner = owning(postgres, url, players)
+            reached(owner, kill_at)
+            owner.kill()
+            players.remove(owner)
+        last = owning(postgres, url, players)
+        _, errors = last.communicate(timeout=120)
+        assert last.returncode == 0, errors[-2000:]
+    assert differences(contents(url), expected) == []
+    with reading(url) as c:
+        assert c.execute(text("select epoch from owner")).scalar() == 3
+
+
+def owning(postgres: Postgres, url: str, players: list[subprocess.Popen[str]]) -> subprocess.Popen[str]:
+    """The process that owns the database now."""
+    by_id = {str(p.pid): p for p in players}
+
+    def found() -> subprocess.Popen[str] | None:
+        with reading(url) as c:
+            holder = c.execute(text("select holder from owner")).scalar() or ""
+        return by_id.get(holder.rpartition(":")[2])
+
+    owner = eventually(found)
+    assert isinstance(owner, subprocess.Popen)
+    return owner
+
+
+def test_an_owner_that_hangs_is_cut_off_and_stores_nothing_when_it_wakes(
+    whole: tuple[list[Step], dict[str, list[Any]], Path], postgres: Postgres
+) -> None:
+    steps, expected, script = whole
+    url = postgres.migrated()
+    with child(url, script) as hung:
+        reached(hung, len(steps) // 2)
+        hung.send_signal(signal.SIGSTOP)
+        with child(url, script) as standby:
+            _, errors = standby.communicate(timeout=120)
+            assert standby.returncode == 0, errors[-2000:]
+        hung.send_signal(signal.SIGCONT)
+        _, errors = hung.communicate(timeout=60)
+        assert hung.returncode != 0
+        assert "nothing was stored" in errors
+    assert differences(contents(url), expected) == []
+
+
+# --- long ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(10))
 def test_ten_times_ten_kills_at_random_points_change_nothing(
-    whole: tuple[list[Step], dict[str, list[Any]], Path], tmp_path: Path, seed: int
+    whole: tuple[list[Step], dict[str, list[Any]], Path], where: Path | str, seed: int
 ) -> None:
     steps, expected, path = whole
     kills = sorted(random.Random(1000 + seed).sample(range(1, len(steps)), 10))
-    killed_and_restarted(tmp_path / "db", path, kills, seed)
-    assert differences(contents(tmp_path / "db"), expected) == []
+    killed_and_restarted(where, path, kills, seed)
+    assert differences(contents(where), expected) == []

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from flyball.app.pipeline import Counters, Pipeline
 from flyball.app.records import Append, Record, Work, record_of
 from flyball.app.store import acts, operations, outbox, store
 from flyball.app.store.database import Database, open_database
+from flyball.app.store.owner import DatabaseLost, Fenced
 from flyball.app.store.rows import Commit, DeadLetter, OutboxRow, Skipped, entry_of
 from flyball.app.switchboard import Switchboard
 from flyball.app.writer import Limits, Overloaded, Retention, Stopped, Stored, Writer
@@ -41,6 +42,7 @@ from flyball.core.incident import IncidentChange
 from flyball.core.plans import Mode, Waiting
 from flyball.core.ports import Clock
 from flyball.runbooks.loader import RunbookSet
+from flyball.streams.portion import Portion
 
 __all__ = ["Embedded", "Figures", "Limits", "NoAlerts", "Overloaded", "Retention", "Stopped"]
 
@@ -210,7 +212,10 @@ class Embedded:
             self.ready = False
             if self._failure is None or isinstance(self._failure, Stopped):
                 self._failure = e
-                _log.exception("runtime.stopped", thread=threading.current_thread().name)
+                # The store's own errors say all there is to say; of others we want to know where they come from.
+                plain = isinstance(e, DatabaseLost | Fenced)
+                tell = _log.error if plain else _log.exception
+                tell("runtime.stopped", thread=threading.current_thread().name, why=str(e))
             self.on_failure()
             with self._moved:
                 self._moved.notify_all()
@@ -241,6 +246,29 @@ class Embedded:
         self.admit(len(body), patient)
         batch = Batch(events=events, sender=sender, received_at=received_at)
         return self._append(Append("events", sender, received_at, body, batch, len(events), format, dead))
+
+    def take_portion(
+        self, body: bytes, portion: Portion, consumed: Mapping[tuple[str, int], int]
+    ) -> Future[int]:
+        """Appends a portion, and with it, in the same transaction, how far its topic was read.
+
+        Args:
+            body: `portion` as it came.
+            consumed: (topic, partition) → the offset that comes next.
+
+        Raises: Stopped.
+        """
+        return self._append(
+            Append(
+                "portion", portion.source, self.clock.now(), body, portion, len(portion.singles),
+                also=lambda c: store.put_offsets(c, consumed),
+            )
+        )  # fmt: skip
+
+    def consumed(self, topic: str) -> dict[int, int]:
+        """Of each partition of a topic, the offset that comes next after what is stored."""
+        with self.reader.connect() as c:
+            return {partition: n for (_, partition), n in store.get_offsets(c, topic).items()}
 
     def tick(self) -> Future[int]:
         now = self.clock.now()
@@ -387,6 +415,8 @@ class Embedded:
         payload = record.payload
         if isinstance(payload, Batch):
             return self.pipeline.feed(payload)
+        if isinstance(payload, Portion):
+            return self.pipeline.feed_portion(payload, record.received_at)
         if isinstance(payload, float):
             return self.pipeline.tick(payload)
         return self.pipeline.take(payload)
@@ -442,7 +472,7 @@ class Embedded:
         self._publish(Commit(position=record.position, at=self.clock.now()))
         self._snapshot_at = 0.0  # soon a snapshot behind it: another fault then costs little
         answer = self._answers.pop(record.position, None)
-        if answer is not None and not isinstance(record.payload, Batch | float):
+        if answer is not None and not isinstance(record.payload, Batch | Portion | float):
             order = record.payload
             said = Intervention(
                 at=order.at, by=author_of(order), kind=type(order).__name__, subject="", accepted=False,
