@@ -36,6 +36,7 @@ from tests.app.test_http import OTLP, litellm, ndjson, otlp_body, otlp_json
 from tests.kafka._topics import EVENTS, batch_of, events_in, records
 from tests.processes import eventually, free_port, running, stop
 from tests.servers.kafka_broker import Cluster
+from tests.servers.postgres import Postgres
 
 KEY = "key of the tests"
 
@@ -155,6 +156,18 @@ def test_what_needs_the_database_is_answered_503_with_where_it_is_served(
         assert answer.status_code == 503
         assert "a process with the control role" in answer.json()["error"]
     assert httpx.get(f"{url}/v1/nothing").status_code == 404
+
+
+def test_with_a_database_given_incidents_and_the_ledger_are_read_beside_its_owner(
+    kafka_config: KafkaConfig, postgres: Postgres, tmp_path: Path
+) -> None:
+    made(kafka_config)
+    with ingesting(tmp_path, kafka_config, FLYBALL_DATABASE=postgres.migrated()) as (url, _):
+        assert httpx.get(f"{url}/v1/incidents").json() == []
+        assert httpx.get(f"{url}/v1/ledger", params={"limit": 3}).json() == []
+        assert httpx.get(f"{url}/v1/incidents/none").status_code == 404
+        assert httpx.post(f"{url}/v1/incidents/none", json={"kind": "ack"}).status_code == 503
+        assert httpx.get(f"{url}/v1/directives").status_code == 503
 
 
 def test_status_and_metrics_count_what_was_acknowledged(shared: tuple[str, KafkaConfig]) -> None:

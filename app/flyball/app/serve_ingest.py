@@ -21,6 +21,7 @@ from flyball.app.logs import configure_logging
 from flyball.app.scrape import scrapes
 from flyball.app.serve import GRACE_S, Server, listen
 from flyball.app.settings import Settings, unknown_variables
+from flyball.app.store.database import reading
 from flyball.app.wiring import hash_key, make_formats
 from flyball.app.writer import Limits
 from flyball.streams.kafka.admin import require_cluster, wanted
@@ -32,7 +33,7 @@ _log = structlog.get_logger(__name__)
 def serve_ingest(settings: Settings) -> int:
     """Runs until SIGTERM or Ctrl-C. Returns the exit code: 0 when everything taken was also acknowledged.
 
-    Raises: ConfigError when the port is taken, or the cluster cannot be reached or is not as it must be.
+    Raises: ConfigError when the port is taken, or cluster or database cannot be used as they are; DatabaseLost.
     """
     configure_logging()
     # The client tells every failed connection, ten times a second while a broker is away; what it means is told by us, once.
@@ -42,6 +43,9 @@ def serve_ingest(settings: Settings) -> int:
     with listen(settings.host, settings.port) as listener:
         for differs in require_cluster(settings.kafka.config(), wanted(settings.kafka.partitions, WRITTEN)):
             _log.warning("kafka.differs", what=str(differs))
+        if database := settings.database.get_secret_value():
+            with reading(database):
+                pass  # what is wrong with it is told now
         return asyncio.run(_serve(settings, listener))
 
 

@@ -1,21 +1,30 @@
-"""The HTTP interface of a process that only takes telemetry in: ingest, health, metrics, totals. The rest is the control role's."""
+"""The HTTP interface of a process that only takes telemetry in: ingest, health, metrics, totals. The rest is the control role's.
+
+With a database given, incidents and the ledger can be read here too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, HTTPException, Query, Request, Response
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from sqlalchemy import Connection
 
+from flyball.app import views
 from flyball.app.http import ingest
 from flyball.app.http.answers import json_response
 from flyball.app.http.auth import Auth
-from flyball.app.http.read import assemble_status
+from flyball.app.http.read import assemble_incident, assemble_status
 from flyball.app.http.server import Background, assemble
 from flyball.app.kafka_ingest import KafkaIngest
 from flyball.app.settings import Settings
+from flyball.app.store import ledger, store
+from flyball.app.store.database import reading
+from flyball.app.store.owner import DatabaseLost
+from flyball.core.errors import ConfigError
 from flyball.core.ports import Format
 
 CONTROLS: Final = (
@@ -34,8 +43,13 @@ def create_ingest_app(
     background: Background | None = None,
 ) -> FastAPI:
     auth = Auth(settings.tokens)
-    taken_in = ingest.router(ingest.Ingest(intake, intake.encode, formats, settings, auth))
-    return assemble([taken_in, router(intake, auth), elsewhere()], background)
+    routers = [
+        ingest.router(ingest.Ingest(intake, intake.encode, formats, settings, auth)),
+        router(intake, auth),
+    ]
+    if database := settings.database.get_secret_value():
+        routers.append(beside(database, auth))
+    return assemble([*routers, elsewhere()], background)
 
 
 def router(intake: KafkaIngest, auth: Auth) -> APIRouter:
@@ -62,6 +76,52 @@ def router(intake: KafkaIngest, auth: Auth) -> APIRouter:
     async def get_status(request: Request) -> Response:
         auth.check(request, "read")
         return json_response(status(intake))
+
+    return r
+
+
+def beside(database: str, auth: Auth) -> APIRouter:
+    """What can be read from the database without owning it."""
+    r = APIRouter()
+
+    def found(request: Request, read: Callable[[Connection], Any]) -> Response:
+        auth.check(request, "read")
+        try:
+            with reading(database) as c:
+                value = read(c)
+        except (DatabaseLost, ConfigError) as e:
+            return json_response({"error": str(e)}, 503)
+        if value is None:
+            raise HTTPException(404, f"nothing is known of {request.url.path[:200]!r}")
+        return json_response(value)
+
+    @r.get("/v1/incidents", summary="Incidents, newest first")
+    def incidents(
+        request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100, after: str = ""
+    ) -> Response:
+        return found(request, lambda c: [views.incident(i) for i in store.list_incidents(c, limit, after)])
+
+    @r.get("/v1/incidents/{incident_id}", summary="One incident with its history and ledger")
+    def incident(request: Request, incident_id: str) -> Response:
+        return found(request, lambda c: assemble_incident(c, incident_id))
+
+    @r.get("/v1/ledger", summary="Every decision and action, refusals included, in order")
+    def ledger_lines(
+        request: Request, incident: str = "", runbook: str = "",
+        kind: Annotated[str, Query(pattern="^(decision|directive|outcome|operation|person)?$")] = "",
+        after: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        newest: bool = False,
+    ) -> Response:  # fmt: skip
+        return found(
+            request,
+            lambda c: ledger.list_ledger(
+                c, incident, limit, runbook=runbook, kind=kind, after=after, newest=newest
+            ),
+        )
+
+    @r.get("/v1/ledger/{key}", summary="One line of the ledger, by its key or number")
+    def ledger_line(request: Request, key: str) -> Response:
+        return found(request, lambda c: ledger.get_entry(c, key))
 
     return r
 
