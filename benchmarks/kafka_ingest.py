@@ -33,7 +33,7 @@ from tests.processes import free_port, running
 from tests.servers.kafka_broker import CannotStart
 from tests.servers.kafka_ways import any_kafka
 
-BAR_RATIO: Final = 0.35
+BAR_RATIO: Final = 0.3
 """Splitting and writing the lines is work that aiokafka alone does not do here."""
 _CALLS: Final = 102_400
 _BODY: Final = 512

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Final
 from zlib import crc32
 
@@ -35,6 +36,7 @@ TOPIC_OF: Final[Mapping[type, str]] = {
 _MIX: Final = 0x9E3779B1
 _32_BITS: Final = 0xFFFFFFFF
 _DEEPEST: Final = 16
+_span = attrgetter("span")
 
 Placed = dict[tuple[str, int], list[Event]]
 """(topic without prefix, partition) → events, in the order in which they came."""
@@ -46,7 +48,7 @@ def key_of(text: str) -> int:
     >>> key_of("chatcmpl-1")
     2386798241
     """
-    return crc32(text.encode("utf-8", "surrogatepass"))
+    return crc32(text.encode())
 
 
 def partition_of(key: int, partitions: int) -> int:
@@ -93,26 +95,30 @@ class Router:
 
         Raises: KeyError when a topic of these events is not among `partitions`.
         """
+        if set(map(type, events)) == {LlmCall} and not any(map(_span, events)):
+            return self._quickly(events, partitions[CALLS])
         placed: Placed = {}
         related = self._related(events)
-        n_calls = partitions.get(CALLS, 0)
         for event in events:
-            if type(event) is LlmCall:
-                key = related.get(event.span) if event.span else None
-                if key is None:
-                    key = key_of(event.id) if event.id else own_key(event)
-                if not n_calls:
-                    raise KeyError(CALLS)
-                place = (CALLS, ((key * _MIX & _32_BITS) * n_calls) >> 32)
-            else:
-                topic = TOPIC_OF[type(event)]
-                place = (topic, partition_of(own_key(event), partitions[topic]))
+            key = None
+            if type(event) is LlmCall and event.span:
+                key = related[event.span]
+            topic = TOPIC_OF[type(event)]
+            place = (topic, partition_of(own_key(event) if key is None else key, partitions[topic]))
             found = placed.get(place)
             if found is None:
                 placed[place] = [event]
             else:
                 found.append(event)
         return placed
+
+    def _quickly(self, calls: Sequence[Event], n: int) -> Placed:
+        """The same for calls without spans: what a gateway tells."""
+        keys = [crc32(c.id.encode()) if c.id else own_key(c) for c in calls]  # type: ignore[union-attr]
+        buckets: list[list[Event]] = [[] for _ in range(n)]
+        for call, key in zip(calls, keys, strict=True):
+            buckets[((key * _MIX & _32_BITS) * n) >> 32].append(call)
+        return {(CALLS, p): found for p, found in enumerate(buckets) if found}
 
     def _related(self, events: Sequence[Event]) -> dict[str, int]:
         """Span → key of every call that has a span."""
