@@ -15,9 +15,10 @@ import httpx
 from sqlalchemy.exc import DatabaseError
 
 from flyball.app.settings import Settings, load, unknown_variables
-from flyball.app.store import ledger, store
-from flyball.app.store.sqlite import has_wal_reset_fault, open_reader
-from flyball.app.wiring import database_path, runbooks_of
+from flyball.app.store import ledger, owner, store
+from flyball.app.store.database import reading
+from flyball.app.store.sqlite import has_wal_reset_fault, schema_of
+from flyball.app.wiring import database_of, runbooks_of
 from flyball.core.errors import ConfigError, FlyballError
 from flyball.remediation.actions.hook import Hook
 
@@ -102,26 +103,29 @@ def _data(settings: Settings) -> Iterator[Finding]:
         )
     else:
         yield Finding("disk", "ok", f"{free >> 30} GiB free at {parent}")
-    path = database_path(settings.data)
-    if not path.exists():
-        yield Finding("database", "ok", f"none yet at {path}; `flyball run` makes it")
+    where = database_of(settings)
+    if isinstance(where, Path) and not where.exists():
+        yield Finding("database", "ok", f"none yet at {where}; `flyball run` makes it")
         return
-    engine = open_reader(path)
+    name = str(where) if isinstance(where, Path) else "PostgreSQL"
     try:
-        with engine.connect() as c:
+        with reading(where) as c:
             broken = ledger.verify_ledger(c)
             position = store.position(c)
+            schema, epoch, who = schema_of(c), *owner.current(c)
+    except FlyballError as e:  # does not answer, or was not migrated
+        yield Finding("database", "bad", str(e), "see docs/operating.md")
+        return
     except (DatabaseError, ValueError) as e:
         why = e.orig if isinstance(e, DatabaseError) else e
-        yield Finding("database", "bad", f"{path} cannot be read ({why})", "move it away and restore a copy")
+        yield Finding("database", "bad", f"{name} cannot be read ({why})", "move it away and restore a copy")
         return
-    finally:
-        engine.dispose()
     if broken is not None:
         yield Finding(
             "ledger", "bad", f"was changed at or before line {broken}", "find out who wrote to the database"
         )
-    yield Finding("database", "ok", f"{path}, position {position}")
+    taken = f", last taken by {who} (epoch {epoch})" if who else ""
+    yield Finding("database", "ok", f"{name}, schema {schema}, position {position}{taken}")
 
 
 def _notify(settings: Settings) -> Iterator[Finding]:
@@ -150,7 +154,7 @@ def _kafka(settings: Settings) -> Iterator[Finding]:
             return
         with admin.connected(config) as client:
             version = ".".join(map(str, admin.broker_version(client)))
-            brokers = len(client.describe_cluster()["brokers"])
+            brokers = len(admin.live_brokers(client))
         yield Finding("kafka", "ok", f"{config.bootstrap}, {brokers} broker(s) of version {version}")
         for p in admin.check_clock(config):
             yield Finding(f"kafka {p.check}", p.level, p.what, p.mend)

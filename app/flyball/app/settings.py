@@ -43,7 +43,15 @@ Positive = Annotated[float, Field(gt=0)]
 
 PREFIX: Final = "FLYBALL_"
 OTHER_VARIABLES: Final = frozenset(
-    {"FLYBALL_URL", "FLYBALL_TOKEN", "FLYBALL_RECORDINGS", "FLYBALL_REQUIRE_SERVERS", "FLYBALL_TEST_KAFKA"}
+    {
+        "FLYBALL_URL",
+        "FLYBALL_TOKEN",
+        "FLYBALL_RECORDINGS",
+        "FLYBALL_REQUIRE_SERVERS",
+        "FLYBALL_TEST_KAFKA",
+        "FLYBALL_TEST_KAFKA_IMAGE",
+        "FLYBALL_TEST_POSTGRES",
+    }
     | {f"FLYBALL_POINT_{name}" for name in ("NAME", "KEEP", "LIMIT_SHARE", "GROUPS", "LABELS")}
 )
 """Variables of ours that are no settings: the command line's client, the benchmarks, the tests, the LiteLLM guard."""
@@ -287,7 +295,7 @@ class Settings(BaseSettings):
     )
     synchronous: Literal["full", "normal"] = Field(
         "full",
-        description="SQLite's durability: `normal` may lose the last milliseconds on power loss, never on a crash.",
+        description="Durability: `normal` may lose the last milliseconds on power loss, never on a crash of Flyball; on PostgreSQL also on a crash of its server.",
     )
     public_url: str = Field(
         "", description="Address of this Flyball in links of alerts; default is host and port."
