@@ -155,6 +155,17 @@ def test_stopping_sends_what_waits_for_company(kafka_config: KafkaConfig) -> Non
     assert len(events_in(kafka_config)) == 100
 
 
+def test_it_writes_over_tls_with_a_password(secured_kafka: Cluster) -> None:
+    config = made(secured_kafka.config("SASL_SSL", "SCRAM-SHA-512", prefix="secured."))
+
+    async def work() -> None:
+        async with producing(config) as producer:
+            await sent(producer, calls(0, 100))
+
+    run(work())
+    assert len(events_in(config)) == 100
+
+
 # --- what does not --------------------------------------------------------------------------------------------------
 
 

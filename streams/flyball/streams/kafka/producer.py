@@ -26,6 +26,7 @@ from aiokafka.errors import (
     KafkaError,
     MessageSizeTooLargeError,
     OutOfOrderSequenceNumber,
+    ProducerClosed,
     ProducerFenced,
     RecordListTooLargeError,
     UnknownProducerId,
@@ -49,8 +50,8 @@ _RECORD_COSTS: Final = 500
 _PROBE_S: Final = 2.0
 _LOOK_S: Final = 0.25
 _REQUEST_S: Final = 10.0
-_AGAIN: Final = (OutOfOrderSequenceNumber, UnknownProducerId, ProducerFenced)
-"""The broker refused the batch for the producer's sake: nothing of it is in, and a new producer may send it."""
+_AGAIN: Final = (OutOfOrderSequenceNumber, UnknownProducerId, ProducerFenced, ProducerClosed)
+"""The broker refused the batch for the producer's sake, or it never left: nothing of it is in, and a new producer may send it."""
 _TOO_LARGE: Final = (MessageSizeTooLargeError, RecordListTooLargeError)
 
 _lines = msgspec.json.Encoder().encode_lines
@@ -184,6 +185,8 @@ class Producer:
         self._lanes: dict[tuple[str, int], _Lane] = {}
         self._bodies: deque[_Body] = deque()
         self._client: AIOKafkaProducer | None = None
+        self._gone: dict[AIOKafkaProducer, asyncio.Future[None]] = {}
+        """Done when a client sends nothing any more: what it has not acknowledged by then it never will."""
         self._there = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -253,7 +256,7 @@ class Producer:
         self._seal_all()
 
     def _make(self) -> AIOKafkaProducer:
-        return AIOKafkaProducer(
+        client = AIOKafkaProducer(
             **self._config.for_aiokafka(),
             enable_idempotence=True,
             acks="all",
@@ -262,6 +265,8 @@ class Producer:
             request_timeout_ms=int(_REQUEST_S * 1000),
             metadata_max_age_ms=60_000,
         )
+        self._gone[client] = self._loop.create_future()
+        return client
 
     async def _look_at_topics(self, client: AIOKafkaProducer) -> None:
         """Learns the partitions. Raises: ConfigError when a topic is missing; KafkaError."""
@@ -285,6 +290,10 @@ class Producer:
                 # `stop` waits for ever while no broker answers, and left alone its task would go on sending.
                 await asyncio.wait_for(client._sender.close(), _LOOK_S)
             await client.client.close()
+        finally:
+            gone = self._gone.pop(client)
+            if not gone.done():
+                gone.set_result(None)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -416,9 +425,13 @@ class Producer:
             taken = self._fill(batch, lane)
             if not taken:
                 continue
+            gone = self._gone[client]
             try:
                 acknowledged = await client.send_batch(batch, lane.topic, partition=lane.partition)
-                await acknowledged
+                await asyncio.wait((acknowledged, gone), return_when=asyncio.FIRST_COMPLETED)
+                if not acknowledged.done():
+                    raise KafkaError("the connection was given up")
+                acknowledged.result()
             except KafkaError as e:
                 self._renew(client)
                 self._not_taken(lane, taken, e)
