@@ -309,6 +309,21 @@ def test_severity_that_rises_pages_once() -> None:
     assert "SEV2 now, was SEV3: 50 % of its calls fail" in told.reason
 
 
+def test_a_few_failures_more_than_usual_page_once_they_have_lasted_a_minute() -> None:
+    lab = Lab()
+    lab.quiet(12)
+    few = traffic(fails=0.12, where={"provider": "b", "model": "b-large"}, n=9)
+    a = lab.on("llm.errors", "overloaded", provider="b", model="b-large")
+    lab.step(few, a)
+    assert (lab.only().severity, lab.only().page) == (Severity.MEDIUM, False)
+    assert "it may be a blip" in lab.only().severity_reason
+    for _ in range(4):
+        lab.step(few, lab.again(a))
+    assert lab.paged == []
+    lab.step(few, lab.again(a))
+    assert lab.paged == [lab.only().id]
+
+
 def test_cost_of_a_loop_is_told_from_its_run() -> None:
     lab = Lab()
     calls = [

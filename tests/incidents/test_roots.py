@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from flyball.core.anomaly import Anomaly
 from flyball.core.events import Change, GpuSample, LlmCall
 from flyball.core.incident import Severity
 from tests.incidents._estate import T0, Calls, Lab, W, anomaly, traffic
@@ -363,3 +364,32 @@ def test_slow_calls_of_one_tenant_wake_nobody() -> None:
     )
     lab.step(traffic(slow=3.0, where={"tenant": "t1"}), slow)
     assert (str(lab.only().root), lab.only().page) == ("tenant:t1", False)
+
+
+def test_the_level_of_a_moment_wakes_nobody_where_calls_were_less_slow_since_it_began() -> None:
+    lab = Lab()
+    lab.quiet(12)
+    since, slow = lab.now, traffic(slow=2.2, where={"provider": "a"})
+
+    def now(multiple_since: float) -> Anomaly:
+        return anomaly(
+            "llm.latency", {"provider": "a"}, since, lab.now + W, klass="slow", observed=4.4, expected=2.0, n=900,
+            evidence={"multiple_since": multiple_since}, phase="on" if lab.now == since else "still",
+        )  # fmt: skip
+
+    lab.step(slow, now(1.5))
+    assert (str(lab.only().root), lab.only().page) == ("provider:a", False)
+    lab.step(slow, now(1.9))
+    assert lab.only().page
+
+
+def test_one_who_burns_money_does_not_make_a_model_the_root_whose_others_only_wander() -> None:
+    lab = Lab()
+    lab.quiet(12)
+    busy = traffic(times=8.0, where={"tenant": "t6", "model": "a-large"})
+    for c in busy:
+        if c.labels["model"] == "a-large":
+            c.usd = 0.015
+    burn = anomaly("llm.cost", {"tenant": "t6"}, lab.now, klass="velocity", observed=1.0, expected=0.1)
+    lab.step(busy, burn)
+    assert str(lab.only().root) == "tenant:t6"

@@ -119,6 +119,8 @@ class Judged:
     """Normal level."""
     recent: Floats
     """How far above normal the level is now, smoothed over about `blend_calls` calls; where an episode opens, since it began."""
+    since: Floats
+    """How far above normal it was on average since the departure began."""
     run_calls: Floats
     run_windows: Ints
     step: Step
@@ -416,8 +418,9 @@ def _judged(
         still = np.setdiff1d(still, accepted, assume_unique=True)
     shown = s[_AT["recent"]].astype(np.float64)
     shown[step.on] = above[step.on]
+    since = s[_AT["run_above"]].astype(np.float64) / np.maximum(s[_AT["run_calls"]], 1e-9)
     return Judged(
-        slots, score, s[_AT["mean"]].astype(np.float64), shown,
+        slots, score, s[_AT["mean"]].astype(np.float64), shown, since,
         s[_AT["run_calls"]].astype(np.float64), s[_AT["run_windows"]].astype(np.int64), Step(step.on, still, step.off),
         accepted,
     )  # fmt: skip
@@ -571,6 +574,7 @@ class LevelDetector:
                     mean += float(reading.offset[i])
                 evidence: Evidence = {
                     "multiple": round(float(np.exp(recent)), 4),
+                    "multiple_since": round(float(np.exp(j.since[i])), 4),
                     "windows": int(j.run_windows[i]),
                 }
                 evidence |= self.facts(watch, rollup, row, window, phase)

@@ -81,6 +81,8 @@ _SOLE_TENANT_FACTOR: Final = 0.15
 _CALLED_MORE: Final = {"rate_limited": 20.0, "health": 5.0}
 """What having multiplied its calls adds to the belief in an app, by family of errors."""
 _EGRESS_RATIO: Final = 0.1
+_BESIDES: Final = 0.5
+"""Excess rate of what else is in a scope, of that of what the leader names, for the scope to be a cause of spend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +215,8 @@ class Ranker:
                 if by[-1] not in scope:
                     continue
                 if of_leader and measure.share(of_leader, [scope]) < self._explained_ratio:
+                    continue
+                if leader.signal == "llm.cost" and not _departs_besides(measure, scope, of_leader):
                     continue
                 found.append(_Candidate(Entity(kind, scope[by[-1]]), scope, 0.0, float(nats[g])))
         return found
@@ -408,6 +412,14 @@ class Ranker:
         inside = measure.mask(c.scope)
         own = _rate(float(measure.now[inside].sum()), float(measure.expected[inside].sum()))
         return _rate(now, expected) < 0.3 * own, f"{noun}: {words.rate(now, expected, n)}"
+
+
+def _departs_besides(measure: Measure, scope: Mapping[str, str], named: Mapping[str, str]) -> bool:
+    """Whether a scope departs about as much in what the leader does not name: the spend of all who share a model wanders with
+    the hour, and one who burns money does not make the model the cause."""
+    ours = measure.mask(named)
+    rest = measure.mask(scope) & ~ours
+    return not rest.any() or measure.rate(rest) >= _BESIDES * measure.rate(ours)
 
 
 def _is_about(change: Change, entity: Entity) -> bool:

@@ -23,6 +23,11 @@ class SeveritySettings(BaseModel):
     """Rate limits are waited out by clients: a larger share has to fail before a person is woken."""
     failed_calls_high: int = Field(10, ge=1)
     """Fewer failed calls than this never page, whatever their share."""
+    failed_at_once_ratio: float = Field(0.15, gt=0, le=1)
+    """Share of which the calls so far must leave no doubt (99 %) for the incident to be HIGH at once."""
+    failed_lasts_s: float = Field(60.0, ge=0)
+    """How long a smaller one, or one seen in few calls, must last: providers have spells of half a minute several times a day,
+    which are over before anybody could look."""
     failed_estate_critical: float = Field(0.5, gt=0, le=1)
     """Share of all calls of the estate that fail, from which on the incident is CRITICAL."""
     slow_factor_high: float = Field(1.8, gt=1)

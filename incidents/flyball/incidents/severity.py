@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import sqrt
 from typing import Final
 
 from flyball.core.anomaly import Anomaly
@@ -15,6 +16,8 @@ Verdict = tuple[Severity, str]
 
 _WEAK_LOOPS: Final = frozenset({"failing", "no_progress"})
 """Patterns that good runs show for a while: a test that fails until the fix is right."""
+_Z: Final = 2.33
+"""Normal quantile of 99 %, one-sided."""
 
 
 def judge(case: Case, settings: SeveritySettings, run_usd_per_min: float) -> Verdict:
@@ -72,15 +75,21 @@ def _of_anomaly(a: Anomaly, case: Case, s: SeveritySettings, run_usd_per_min: fl
 
 def _errors(a: Anomaly, case: Case, s: SeveritySettings) -> Verdict:
     t = case.tally
-    ratio = max(t.failed_now / t.calls_now if t.calls_now else 0.0, t.failed / t.calls if t.calls else 0.0)
+    shares: list[tuple[float, int]] = [(t.failed_now, t.calls_now), (t.failed, t.calls)]
     failed = t.failed
     if not t.calls:
-        ratio, failed = (
-            a.observed if 0.0 <= a.observed <= 1.0 else a.impact,
-            round(a.n * min(max(a.impact, 0.0), 1.0)),
-        )
+        ratio = a.observed if 0.0 <= a.observed <= 1.0 else a.impact
+        shares, failed = [(ratio * a.n, a.n)], round(a.n * min(max(a.impact, 0.0), 1.0))
+    ratio = max(k / n if n else 0.0 for k, n in shares)
     high = s.rate_limited_ratio_high if a.klass == "rate_limited" else s.failed_ratio_high
     if ratio >= high and failed >= s.failed_calls_high:
+        lasted_s = a.at - a.since
+        if lasted_s < s.failed_lasts_s and max(_surely(k, n) for k, n in shares) < s.failed_at_once_ratio:
+            return (
+                Severity.MEDIUM,
+                f"{percent(ratio)} of its calls fail, {count(failed, 'call')} in {lasted_s:.0f} s: it may be a blip "
+                f"(high from {s.failed_lasts_s:.0f} s)",
+            )
         return (
             Severity.HIGH,
             f"{percent(ratio)} of its calls fail (high from {percent(high)} and {s.failed_calls_high} calls)",
@@ -90,11 +99,25 @@ def _errors(a: Anomaly, case: Case, s: SeveritySettings) -> Verdict:
     return Severity.LOW, f"{percent(ratio)} of its calls fail"
 
 
+def _surely(k: float, n: float) -> float:
+    """The least share that k failures of n calls speak for, with 99 % confidence (Wilson, 1927).
+
+    >>> round(_surely(10, 40), 2), round(_surely(10, 10), 2)
+    (0.12, 0.65)
+    """
+    if n <= 0:
+        return 0.0
+    p, z2 = k / n, _Z * _Z / n
+    return max(0.0, p + z2 / 2 - sqrt(z2 * (p * (1.0 - p) + z2 / 4))) / (1.0 + z2)
+
+
 def _factor(a: Anomaly, case: Case) -> float:
-    """How many times the expected: by the anomaly itself, or by the root's calls. Of times the smaller of the two: means of
-    few calls are moved by a single long one."""
+    """How many times the expected: by the anomaly itself, or by the root's calls. Of times the smallest of what is told: means
+    of few calls are moved by a single long one, and the level of the moment passes any threshold once, if one waits."""
     own = a.observed / a.expected if a.expected > 0 else 1.0
     if group_of(a.signal) == "slow":
+        since = a.evidence.get("multiple_since")
+        own = min(own, since) if isinstance(since, int | float) else own
         return min(own, case.factor) if a.signal == case.incident.signal and case.factor > 1.0 else own
     return max(own, case.factor if a.signal == case.incident.signal else 1.0)
 
