@@ -36,7 +36,7 @@ SERVES = {("run",), ("demo",), ("lab", "score"), ("runbook", "test")}
 """Commands that do not end by themselves or take long: their options are checked, they are run by other tests."""
 ASKS_A_SERVER = {
     ("status",), ("incident",), ("dead-letters",), ("doctor",), ("runbook", "explain"), ("runbook", "reset"), ("approve",), ("approvals",), ("stops",),
-    ("deny",), ("stop",), ("resume",), ("release",), ("hook",), ("topics",),
+    ("deny",), ("stop",), ("resume",), ("release",), ("hook",), ("topics",), ("database",),
 }  # fmt: skip
 READS_FILES = {("replay",), ("ledger",), ("runbook", "backtest")}
 
