@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -13,7 +14,7 @@ from flyball.core.errors import ConfigError
 from flyball.streams.kafka import admin
 from flyball.streams.kafka.config import KafkaConfig, SaslMechanism
 from flyball.streams.kafka.reach import why_unreachable
-from tests.servers.kafka_broker import Cluster
+from tests.servers.kafka_broker import GUEST, Cluster
 from tests.servers.kafka_ways import new_prefix
 
 LISTENERS: list[Any] = [
@@ -100,6 +101,20 @@ def test_a_wrong_password_names_the_user_and_the_variables(secured_kafka: Cluste
         assert "wrong-one" not in str(found)
         with pytest.raises(ConfigError, match="refuses user 'flyball'"):
             admin.require_cluster(config, admin.wanted(1))
+
+
+def test_a_user_who_may_do_nothing_is_told_which_rights_to_ask_for(secured_kafka: Cluster) -> None:
+    config = secured_kafka.config("SASL_PLAINTEXT", "PLAIN", prefix=new_prefix())
+    admin.create_topics(config, admin.wanted(1, ["changes"]))
+    (found,) = admin.check_cluster(replace(config, sasl_username=GUEST), admin.wanted(1, ["changes"]))
+    assert (found.check, found.level) == ("rights", "bad")
+    assert (
+        found.what
+        == f"the cluster does not allow user 'guest' what is asked (Describe on {config.topic('changes')})"
+    )
+    assert (
+        f"grant Describe, DescribeConfigs, Read and Write on topics and groups {config.prefix}*" in found.mend
+    )
 
 
 def spoilt(case: str, cluster: Cluster) -> KafkaConfig:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,14 +25,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from flyball.streams.kafka.admin import live_brokers
 from flyball.streams.kafka.config import KafkaConfig, SaslMechanism, SecurityProtocol
-from tests.processes import answers, free_port, stop
+from tests.processes import answers, stop
 
 _POM: Final = Path(__file__).with_name("kafka.pom.xml")
 _HEAP_MB: Final = {1: (256, 768), 3: (192, 384)}
+_QUICK_START: Final = ("-XX:TieredStopAtLevel=1",)
+"""A third less processor time until the broker listens, and a slower broker."""
 USER: Final = "flyball"
 PASSWORD: Final = "flyball-secret"
 """Name and password that a secured cluster knows, for PLAIN and both SCRAM mechanisms."""
+GUEST: Final = "guest"
+"""Who may log in there by PLAIN with the same password, and may do nothing."""
 
 
 class CannotStart(Exception):
@@ -83,6 +90,7 @@ class Node:
     ports: dict[str, int]
     """Listener (PLAINTEXT, SSL, SASL_PLAINTEXT, SASL_SSL, CONTROLLER) → port."""
     heap_mb: tuple[int, int]
+    for_load: bool = False
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     @property
@@ -96,7 +104,7 @@ class Node:
 
     def start(self, wait: bool = True) -> None:
         command = [
-            "java", f"-Xms{self.heap_mb[0]}m", f"-Xmx{self.heap_mb[1]}m", "-XX:+UseSerialGC",
+            "java", f"-Xms{self.heap_mb[0]}m", f"-Xmx{self.heap_mb[1]}m", "-XX:+UseSerialGC", *([] if self.for_load else _QUICK_START),
             "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", f"{jars()}/*", "kafka.Kafka", str(self.folder / "server.properties"),
         ]  # fmt: skip
         if shutil.which("setpriv"):  # a broker never outlives the tests, however they end
@@ -106,7 +114,7 @@ class Node:
         if wait:
             self.wait()
 
-    def wait(self, deadline_s: float = 60.0) -> None:
+    def wait(self, deadline_s: float = 120.0) -> None:
         """Until the broker listens. Raises: CannotStart with the end of its log."""
         end = time.monotonic() + deadline_s
         while time.monotonic() < end:
@@ -182,7 +190,7 @@ class Cluster:
             node.wait()
         self.wait_whole()
 
-    def wait_whole(self, deadline_s: float = 60.0) -> None:
+    def wait_whole(self, deadline_s: float = 120.0) -> None:
         """Until every broker is known to the cluster."""
         from kafka.admin import KafkaAdminClient
         from kafka.errors import KafkaError
@@ -193,7 +201,7 @@ class Cluster:
             with contextlib.suppress(KafkaError):
                 admin = KafkaAdminClient(bootstrap_servers=self.bootstrap, bootstrap_timeout_ms=5000)
                 try:
-                    seen = sorted(b["broker_id"] for b in admin.describe_cluster()["brokers"])
+                    seen = sorted(live_brokers(admin))
                 finally:
                     admin.close()
                 if seen == [node.number for node in self.nodes]:
@@ -208,15 +216,27 @@ class Cluster:
                 node.kill()
 
 
-def make_cluster(folder: Path, nodes: int = 1, secured: bool = False, **properties: str) -> Cluster:
+def broker_port() -> int:
+    """A free port below those that the system gives to clients: one of these could have it when a killed broker wants it back."""
+    for port in random.sample(range(15_000, 32_000), 200):
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+            return port
+    raise CannotStart("no port is free")
+
+
+def make_cluster(
+    folder: Path, nodes: int = 1, secured: bool = False, for_load: bool = False, **properties: str
+) -> Cluster:
     """Formatted storage and settings of a cluster that is not started yet.
 
     Args:
         secured: also listeners SSL, SASL_PLAINTEXT and SASL_SSL, for `USER` and `PASSWORD`.
+        for_load: compile as servers do; for benchmarks.
         properties: of the brokers, with `_` for `.`; they win over what stands here.
     """
     kinds = ["PLAINTEXT", *(["SSL", "SASL_PLAINTEXT", "SASL_SSL"] if secured else []), "CONTROLLER"]
-    ports = [{kind: free_port() for kind in kinds} for _ in range(nodes)]
+    ports = [{kind: broker_port() for kind in kinds} for _ in range(nodes)]
     folder.mkdir(parents=True, exist_ok=True)
     if secured:
         _make_certificate(folder)
@@ -231,7 +251,7 @@ def make_cluster(folder: Path, nodes: int = 1, secured: bool = False, **properti
         path = home / "server.properties"
         path.write_text("".join(f"{k}={v}\n" for k, v in values.items()))
         _format(path, identity, secured)
-        made.append(Node(number, home, ports[number - 1], _HEAP_MB[3 if nodes > 1 else 1]))
+        made.append(Node(number, home, ports[number - 1], _HEAP_MB[3 if nodes > 1 else 1], for_load))
     return Cluster(made, secured)
 
 
@@ -264,11 +284,13 @@ def _properties(number: int, home: Path, ports: list[dict[str, int]], secured: b
         "log.cleaner.dedupe.buffer.size": str(8 << 20),
     }  # fmt: skip
     if secured:
-        plain = f'org.apache.kafka.common.security.plain.PlainLoginModule required user_{USER}="{PASSWORD}";'
+        plain = f'org.apache.kafka.common.security.plain.PlainLoginModule required user_{USER}="{PASSWORD}" user_{GUEST}="{PASSWORD}";'
         scram = "org.apache.kafka.common.security.scram.ScramLoginModule required;"
         values |= {
             "ssl.keystore.type": "PEM",
             "ssl.keystore.location": str(home.parent / "broker.pem"),
+            "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+            "super.users": f"User:ANONYMOUS;User:{USER}",
             "sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-256,SCRAM-SHA-512",
         }
         for listener in ("sasl_plaintext", "sasl_ssl"):
@@ -279,7 +301,7 @@ def _properties(number: int, home: Path, ports: list[dict[str, int]], secured: b
 
 
 def _format(properties: Path, identity: str, secured: bool) -> None:
-    command = ["java", "-XX:TieredStopAtLevel=1", "-Dorg.slf4j.simpleLogger.defaultLogLevel=error", "-cp", f"{jars()}/*",
+    command = ["java", *_QUICK_START, "-Dorg.slf4j.simpleLogger.defaultLogLevel=error", "-cp", f"{jars()}/*",
                "kafka.tools.StorageTool", "format", "-t", identity, "-c", str(properties)]  # fmt: skip
     if secured:
         for bits in ("256", "512"):
@@ -306,19 +328,18 @@ def _make_certificate(folder: Path) -> None:
 
 @contextlib.contextmanager
 def running_cluster(
-    folder: Path, nodes: int = 1, secured: bool = False, **properties: str
+    folder: Path, nodes: int = 1, secured: bool = False, for_load: bool = False, **properties: str
 ) -> Iterator[Cluster]:
     """A cluster for as long as the block lasts. Raises: CannotStart."""
     for attempt in range(3):
-        cluster = make_cluster(folder / f"cluster-{attempt}", nodes, secured, **properties)
+        cluster = make_cluster(folder / f"cluster-{attempt}", nodes, secured, for_load, **properties)
         try:
             cluster.start()
-        except CannotStart as e:
+        except CannotStart:
             cluster.stop()
-            # Ports are free when chosen, and may be taken before the broker binds them.
-            if "in use" not in str(e) or attempt == 2:
+            if attempt == 2:
                 raise
-            continue
+            continue  # most likely a port that was free when chosen, and taken before the broker bound it
         except BaseException:
             cluster.stop()
             raise
@@ -334,7 +355,7 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with (
         tempfile.TemporaryDirectory(prefix="flyball-kafka-") as folder,
-        running_cluster(Path(folder), nodes, "--secured" in arguments) as cluster,
+        running_cluster(Path(folder), nodes, "--secured" in arguments, for_load=True) as cluster,
     ):
         print(cluster.bootstrap, flush=True)
         if cluster.secured:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -25,7 +26,7 @@ _SKEW_S: Final = 2.0
 class Problem:
     """Something about a cluster that is not as Flyball wants it. With `bad`, a worker must not start.
 
-    `check` is a stable word: address, version, topics, partitions, cleanup, size, retention, copies, clock.
+    `check` is a stable word: address, rights, version, topics, partitions, cleanup, size, retention, copies, clock.
     """
 
     check: str
@@ -119,7 +120,7 @@ def check_cluster(config: KafkaConfig, needed: Iterable[Topic], timeout_s: float
     except FlyballError as e:
         if isinstance(e, ConfigError):
             raise
-        return [Problem("address", "bad", *_halves(str(e)))]
+        return [Problem("address" if isinstance(e, BrokerUnreachable) else "rights", "bad", *_halves(str(e)))]
     return sorted(found, key=lambda p: p.level != "bad")
 
 
@@ -146,7 +147,7 @@ def describe(config: KafkaConfig, admin: Any, topics: Iterable[Topic]) -> dict[s
     from kafka.admin import ConfigResource
 
     full = {config.topic(t.name): t.name for t in topics}
-    there = {t["name"]: t for t in admin.describe_topics(list(full)) if not t["error_code"]}
+    there = {t["name"]: t for t in _described(admin, list(full))}
     if not there:
         return {}
     resources = [ConfigResource("TOPIC", name) for name in there]
@@ -159,6 +160,20 @@ def describe(config: KafkaConfig, admin: Any, topics: Iterable[Topic]) -> dict[s
         )
         for name, t in there.items()
     }
+
+
+def _described(admin: Any, names: list[str]) -> list[dict[str, Any]]:
+    """Those of the topics that are there. Raises: AuthorizationError, kafka-python's, for those we may not see."""
+    from kafka.errors import AuthorizationError, for_code
+
+    found = []
+    for topic in admin.describe_topics(names):
+        error = for_code(topic["error_code"])
+        if issubclass(error, AuthorizationError):
+            raise error(f"Describe on {topic['name']}")
+        if topic["partitions"]:
+            found.append(topic)
+    return found
 
 
 def differences(config: KafkaConfig, topic: Topic, seen: Seen) -> Iterator[Problem]:
@@ -223,9 +238,20 @@ def _version(admin: Any) -> Iterator[Problem]:
 
 
 def broker_version(admin: Any) -> tuple[int, ...]:
-    """The oldest among the brokers, as far as their interfaces tell it."""
-    brokers = admin.describe_cluster()["brokers"]
-    return min(tuple(admin.get_broker_version_data(b["broker_id"]).broker_version) for b in brokers)
+    """The oldest among the brokers that answer, as far as their interfaces tell it."""
+    from kafka.errors import KafkaError
+
+    found = []
+    for broker in live_brokers(admin):
+        # One that died a moment ago is listed until its session ends.
+        with suppress(KafkaError):
+            found.append(tuple(admin.get_broker_version_data(broker).broker_version))
+    return min(found, default=_TRIED)
+
+
+def live_brokers(admin: Any) -> list[int]:
+    """Numbers of the brokers that the cluster counts on."""
+    return [b["broker_id"] for b in admin.describe_cluster()["brokers"] if not b.get("is_fenced")]
 
 
 def _topics(config: KafkaConfig, admin: Any, needed: list[Topic]) -> Iterator[Problem]:
@@ -243,7 +269,7 @@ def _topics(config: KafkaConfig, admin: Any, needed: list[Topic]) -> Iterator[Pr
     for topic in needed:
         if topic.name in seen:
             yield from differences(config, topic, seen[topic.name])
-    brokers = len(admin.describe_cluster()["brokers"])
+    brokers = len(live_brokers(admin))
     alone = [config.topic(n) for n, s in seen.items() if s.copies < 2 <= brokers]
     if alone:
         yield Problem(
@@ -434,7 +460,7 @@ def _span(seconds: float) -> str:
 
 def _bare(error: Exception) -> str:
     """kafka-python writes `[Error 3] UnknownTopicOrPartitionError: text`."""
-    return str(error).rpartition("] ")[2] or type(error).__name__
+    return re.sub(r"^(\[Error -?\d+\] )?\w+(: |$)", "", str(error)) or type(error).__name__
 
 
 def _halves(text: str) -> tuple[str, str]:

@@ -219,27 +219,25 @@ def replay(config: KafkaConfig, letters: Iterable[KafkaLetter]) -> int:
         from kafka import KafkaProducer
         from kafka.errors import KafkaError
 
-        partitions = {
-            t["name"]: len(t["partitions"]) for t in admin.describe_topics(sorted({x.topic for x in letters}))
-        }
+        topics = sorted({x.topic for x in letters})
+        partitions = {t["name"]: len(t["partitions"]) for t in admin.describe_topics(topics)}
+        for x in letters:
+            if x.partition not in range(partitions[x.topic]):
+                raise ConfigError(
+                    f"topic {x.topic} has no partition {x.partition}, from which {x.id} came; it is not sent"
+                )
         producer = KafkaProducer(
             **config.for_kafka_python(), acks="all", enable_idempotence=True, max_request_size=16 << 20
         )
         sent = 0
         try:
-            for letter in letters:
-                if letter.partition not in range(partitions[letter.topic]):
-                    raise ConfigError(
-                        f"topic {letter.topic} has no partition {letter.partition}; {sent} were sent before {letter.id}"
-                    )
-                headers = [*letter.headers, (REPLAYED, letter.id.encode())]
-                producer.send(
-                    letter.topic, value=letter.body, partition=letter.partition, headers=headers
-                ).get(_WAIT_MS / 1000)
-                note = producer.send(
-                    config.topic(TOPIC), key=letter.key, value=b"", headers=[(REPLAYED, letter.id.encode())]
+            for x in letters:
+                mark = (REPLAYED, x.id.encode())
+                again = producer.send(
+                    x.topic, value=x.body, partition=x.partition, headers=[*x.headers, mark]
                 )
-                note.get(_WAIT_MS / 1000)
+                again.get(_WAIT_MS / 1000)
+                producer.send(config.topic(TOPIC), key=x.key, value=b"", headers=[mark]).get(_WAIT_MS / 1000)
                 sent += 1
         except KafkaError as e:
             raise FlyballError(
