@@ -48,6 +48,8 @@ MOST_EVENT_BYTES: Final = 900_000
 _RECORD_COSTS: Final = 500
 """Bytes of memory of a record beside its lines, roughly."""
 _PROBE_S: Final = 2.0
+_PROBES: Final = 2
+"""So many questions in a row without an answer, and no acknowledgement meanwhile, mean that no broker is there."""
 _LOOK_S: Final = 0.25
 _REQUEST_S: Final = 10.0
 _AGAIN: Final = (OutOfOrderSequenceNumber, UnknownProducerId, ProducerFenced, ProducerClosed)
@@ -510,14 +512,18 @@ class Producer:
 
     async def _watch(self) -> None:
         """Tells senders whose time is over; asks whether a broker is there."""
-        asked_at = self._loop.time()
+        asked_at, acknowledged, failed = self._loop.time(), 0, 0
         while True:
             await asyncio.sleep(_LOOK_S)
             now = self._loop.time()
             self._expire(now)
             if now - asked_at >= _PROBE_S:
                 asked_at = now
-                found = await self._probe()
+                # One broker of several that is gone costs a question, not readiness.
+                answered = await self._probe() or self.acknowledged_records != acknowledged
+                acknowledged = self.acknowledged_records
+                failed = 0 if answered else failed + 1
+                found = failed < _PROBES
                 if found != self.reachable:
                     _log.warning(
                         "kafka.reachable" if found else "kafka.unreachable", at=self._config.bootstrap
