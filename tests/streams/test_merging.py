@@ -296,6 +296,18 @@ def test_a_merged_window_ignores_the_same_part_again_and_counts_what_more_comes(
     assert merger.late == 1
 
 
+def test_a_front_that_begins_again_from_the_start_counts_nothing_twice() -> None:
+    a, _, merger = two()
+    events = [call(1001.0), AgentStep(at=1001.5, run="a"), call(1013.0)]
+    merger.feed(told(a, *events, sources=BOTH), 0.0)
+    again = Front("a", SMALL)
+    taken_on = again.cut(sources=BOTH)
+    assert taken_on is not None
+    merger.feed(taken_on, 1.0)
+    merger.feed(told(again, *events, call(1014.0)), 1.0)
+    assert merger.stats.events == {"llm_call": 3, "agent_step": 1}
+
+
 def test_records_that_nobody_told_are_counted_as_missed() -> None:
     a, _, merger = two()
     merger.feed(told(a, call(1001.0)), 0.0)

@@ -160,10 +160,11 @@ class Merger:
     def _count(self, source: _Source, portion: Portion) -> None:
         totals = dict(portion.totals)
         if portion.origin == source.origin:
+            # A front that was restored tells less for a while: what was counted stays counted.
             grown = {k: n - source.totals.get(k, 0) for k, n in totals.items()}
-            self.totals.update({k: n for k, n in grown.items() if n > 0})
-            if any(n < 0 for n in grown.values()):
-                return  # an older portion, once more
+            more = {k: n for k, n in grown.items() if n > 0}
+            self.totals.update(more)
+            totals = source.totals | {k: totals[k] for k in more}
         elif portion.first > source.last:
             self.totals.update(totals)
         # else a front that lost its state and reads again: what it counts of that was counted.
