@@ -94,3 +94,5 @@ def _own(folder: Path) -> Iterator[Engine]:
         yield own
     finally:
         stop(process, 60.0)
+        # The daemon leaves the namespace of the host's network mounted, which keeps the folder.
+        subprocess.run(["umount", f"{folder}/exec/netns/default"], capture_output=True)
