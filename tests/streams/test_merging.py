@@ -298,7 +298,7 @@ def test_a_merged_window_ignores_the_same_part_again_and_counts_what_more_comes(
 
 def test_a_front_that_begins_again_from_the_start_counts_nothing_twice() -> None:
     a, _, merger = two()
-    events = [call(1001.0), AgentStep(at=1001.5, run="a"), call(1013.0)]
+    events: list[Event] = [call(1001.0), AgentStep(at=1001.5, run="a"), call(1013.0)]
     merger.feed(told(a, *events, sources=BOTH), 0.0)
     again = Front("a", SMALL)
     taken_on = again.cut(sources=BOTH)
