@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from flyball.app.pipeline import Pipeline
+from flyball.app.records import record_of
+from flyball.app.store import store
 from flyball.core.columns import Window
 from flyball.core.directives import Directive
 from flyball.core.estate import Emissions
@@ -19,7 +22,7 @@ from flyball.lab import Lab
 from flyball.streams.front import Front
 from flyball.streams.kafka.partition import Router
 from flyball.streams.portion import Portion, decode_portion, encode_portion
-from tests.app._runtime import NOW, calls, make_pipeline, outage
+from tests.app._runtime import NOW, calls, make_pipeline, outage, started
 
 PARTITIONS = {"llm-calls": 8, "agent-steps": 4, "gpu-samples": 4, "changes": 1}
 
@@ -245,3 +248,22 @@ def test_ticks_pass_over_a_source_that_says_nothing_more() -> None:
     assert pipeline.feed_portion(sent(front, calls(1, NOW + 30.0)), NOW + 5.0).windows == []
     assert pipeline.tick(NOW + 29.0).windows == []
     assert len(pipeline.tick(NOW + 31.0).windows) == 1
+
+
+def test_the_log_takes_a_portion_and_how_far_its_topic_was_read_in_one(tmp_path: Path) -> None:
+    def body(at: float) -> bytes:
+        return encode_portion(sent(front, outage(at)))
+
+    front = front_of(make_pipeline())
+    with started(tmp_path) as runtime:
+        for offset, at in enumerate((NOW, NOW + 15.0)):
+            raw = body(at)
+            runtime.take_portion(raw, decode_portion(raw), {("windows", 0): offset + 1}).result(30)
+        assert runtime.wait_for(runtime.appended)
+        before = runtime.figures.totals
+    with started(tmp_path) as runtime:
+        assert runtime.consumed("windows") == {0: 2}
+        assert runtime.figures.totals == before
+        assert before["windows"] == 1
+        payloads = [record_of(row).payload for row in store.iter_log(runtime.reader, 0, runtime.appended)]
+        assert [p.source for p in payloads if isinstance(p, Portion)] == ["llm-calls/0"] * 2

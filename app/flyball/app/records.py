@@ -14,9 +14,10 @@ from flyball.app.store.rows import DeadLetter, LogRow
 from flyball.core.codec import decode_events
 from flyball.core.directives import Intervention
 from flyball.core.events import Batch
+from flyball.streams.portion import Portion, decode_portion
 
-Payload: TypeAlias = "Batch | float | Order"
-"""A batch of events, the time of a tick, or what people, points and hooks say."""
+Payload: TypeAlias = "Batch | Portion | float | Order"
+"""A batch of events, a portion of a source partition, the time of a tick, or what people, points and hooks say."""
 
 
 @dataclass(slots=True)
@@ -65,6 +66,8 @@ def record_of(row: LogRow) -> Record:
 def _payload(row: LogRow) -> Payload:
     if row.kind == "events":
         return Batch(events=decode_events(row.body), sender=row.sender, received_at=row.received_at)
+    if row.kind == "portion":
+        return decode_portion(row.body)
     if row.kind == "tick":
         return row.received_at
     return decode_order(row.body)
