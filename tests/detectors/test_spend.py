@@ -80,7 +80,8 @@ def test_a_burn_is_found_although_a_few_dear_calls_make_most_of_the_spend() -> N
     assert found[0].labels == {"tenant": "t9"}
     assert found[0].at - began <= 260.0
     share = found[0].evidence["split_calls"]
-    assert isinstance(share, float) and share > 0.5
+    assert isinstance(share, float)
+    assert share > 0.5
 
 
 def test_calls_that_only_came_together_are_no_burn() -> None:

@@ -285,7 +285,9 @@ class RollupBuilder:
         for table, part in zip(self.tables, tables, strict=True):
             table.restore(part)
         self._who = np.frombuffer(who, np.int32).astype(np.int64)
-        self._groups = np.frombuffer(groups, np.int32).astype(np.int64).reshape(len(self.tables), len(self._who))
+        self._groups = (
+            np.frombuffer(groups, np.int32).astype(np.int64).reshape(len(self.tables), len(self._who))
+        )
         self._who_of = {name: i for i, name in enumerate(who_of)}
 
 
