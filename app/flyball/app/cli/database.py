@@ -60,6 +60,8 @@ def current(
     Examples:
 
       flyball database current --database postgresql://flyball:PASSWORD@db.example.com/flyball
+
+      flyball database current --data /var/lib/flyball
     """
     from flyball.app.store import migrate
     from flyball.app.store.sqlite import SCHEMA_VERSION
