@@ -270,8 +270,9 @@ class Embedded:
         with self.reader.connect() as c:
             return {partition: n for (_, partition), n in store.get_offsets(c, topic).items()}
 
-    def tick(self) -> Future[int]:
-        now = self.clock.now()
+    def tick(self, now: float | None = None) -> Future[int]:
+        """Lets time pass to `now`; None: to what the clock says."""
+        now = self.clock.now() if now is None else now
         return self._append(Append("tick", "", now, b"", now))
 
     def order(self, order: Order, *, also: Callable[[Connection], object] | None = None) -> Future[int]:

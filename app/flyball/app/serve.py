@@ -154,11 +154,14 @@ class Server(uvicorn.Server):
 class Background:
     """Ticks, retention, scrapes, runbooks, hooks and notifications beside the server.
 
-    `on_failure` is called when one of them ends by an error: `failure`. The process should then end too.
+    `now` is the time of the next tick; None: what the clock says. `on_failure` is called when one of them ends by an error: `failure`. The process should then end too.
     """
 
-    def __init__(self, runtime: Embedded, settings: Settings, watch: RunbookWatch | None = None) -> None:
-        self._runtime, self._settings = runtime, settings
+    def __init__(
+        self, runtime: Embedded, settings: Settings, watch: RunbookWatch | None = None,
+        now: Callable[[], float | None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._runtime, self._settings, self._now = runtime, settings, now
         self._watch = watch or RunbookWatch(runtime, settings)
         self.on_failure: Callable[[], None] = _nothing
         self.failure: BaseException | None = None
@@ -195,7 +198,7 @@ class Background:
         while True:
             await asyncio.sleep(_TICK_S)
             # An unanswered tick means that the writer is behind; more of them would only make it later.
-            await asyncio.wrap_future(self._runtime.tick())
+            await asyncio.wrap_future(self._runtime.tick(self._now()))
             rounds += 1
             if rounds % int(_TRIM_S / _TICK_S) == 0:
                 self._runtime.trim()

@@ -23,6 +23,7 @@ from flyball.app.cli import (
     runbook,
     setup,
     topics,
+    worker,
 )
 from flyball.app.cli._common import Unreachable
 from flyball.app.logs import configure_logging
@@ -64,6 +65,7 @@ def _first(context: typer.Context) -> None:
 
 
 run.add_to(app)
+worker.add_to(app)
 replay.add_to(app)
 look.add_to(app)
 letters.add_to(app)
