@@ -32,7 +32,7 @@ from tests.conftest import require_server
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]  # fmt: skip
-SERVES = {("run",), ("worker",), ("demo",), ("lab", "score"), ("runbook", "test")}
+SERVES = {("run",), ("worker",), ("demo",), ("lab", "score"), ("lab", "load"), ("runbook", "test")}
 """Commands that do not end by themselves or take long: their options are checked, they are run by other tests."""
 ASKS_A_SERVER = {
     ("status",), ("incident",), ("dead-letters",), ("doctor",), ("runbook", "explain"), ("runbook", "reset"), ("approve",), ("approvals",), ("stops",),

@@ -86,6 +86,34 @@ def test_every_sender_posts_its_own_events_and_the_lease_takes_hold() -> None:
     assert ticks[-1].elapsed_s == 60.0
 
 
+def test_leases_are_read_from_the_control_that_is_in_charge() -> None:
+    server = Server()
+    asked: list[str] = []
+
+    def cluster(request: httpx.Request) -> httpx.Response:
+        asked.append(f"{request.url.host} {request.url.path}")
+        if request.url.host == "dead.test":
+            raise httpx.ConnectError("connection refused", request=request)
+        if request.url.host == "standby.test":
+            return httpx.Response(503)
+        return server(request)
+
+    clock = Clock()
+    lab = LiveLab(
+        "http://ingest.test",
+        rate=10.0,
+        controls=["http://dead.test", "http://standby.test/", "http://owner.test"],
+        transport=httpx.MockTransport(cluster),
+        clock=clock,
+        pause=clock.pause,
+    )
+    last = asyncio.run(lab.run(60.0))
+    assert not last.problem
+    assert last.applied["redirect-1"] > 10
+    assert {"owner.test /v1/directives", "owner.test /v1/enforced", "ingest.test /v1/events"} <= set(asked)
+    assert not {"ingest.test /v1/directives", "owner.test /v1/events"} & set(asked)
+
+
 def test_a_server_that_refuses_is_told_of_and_the_run_goes_on() -> None:
     server = Server()
     server.status = 429

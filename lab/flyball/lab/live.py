@@ -6,6 +6,7 @@ Every simulated sender posts its own batches; the simulated gateway reads the le
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ class LiveLab:
         faults: a function of the moment the run starts, so that their times can be given relative to it.
         rate: logical calls a second.
         token: bearer token, where the server wants one.
+        controls: where leases are read and reported to, when not at `base_url`: on Kafka, the workers that may own the database.
         transport: for tests; httpx's own otherwise.
         clock: seconds since the epoch.
     """
@@ -61,6 +63,7 @@ class LiveLab:
     faults: Callable[[float], Sequence[AnyFault]] = lambda start: ()
     rate: float = 20.0
     token: str = ""
+    controls: Sequence[str] = ()
     transport: httpx.AsyncBaseTransport | None = None
     clock: Callable[[], float] = time.time
     pause: Callable[[float], Any] = asyncio.sleep
@@ -127,12 +130,23 @@ class LiveLab:
         for name, hits in report.directives.items():
             self.applied[name] = self.applied.get(name, 0) + hits
         try:
-            answer = await client.post(
-                "/v1/enforced", json={"point": report.point, "directives": report.directives}
-            )
+            told = {"point": report.point, "directives": report.directives}
+            answer = await self._ask_control(client, "POST", "/v1/enforced", json=told)
         except httpx.TransportError as e:
             return f"report not delivered: {type(e).__name__}"
         return "" if answer.is_success else f"POST /v1/enforced answered {answer.status_code}"
+
+    async def _ask_control(
+        self, client: httpx.AsyncClient, method: str, path: str, **more: Any
+    ) -> httpx.Response:
+        """What the first says that is in charge: one that stands by answers 503, or not at all."""
+        *others, last = self.controls or (self.base_url,)
+        for url in others:
+            with contextlib.suppress(httpx.TransportError):
+                answer = await client.request(method, url.rstrip("/") + path, **more)
+                if answer.status_code != 503:
+                    return answer
+        return await client.request(method, last.rstrip("/") + path, **more)
 
     def _tick(self, sim: Simulator, elapsed_s: float, problem: str) -> Tick:
         return Tick(
@@ -172,9 +186,8 @@ class LiveLab:
     async def _read_directives(self, client: httpx.AsyncClient, sim: Simulator, now: float) -> str:
         """Reads the leases in force; on any trouble the last ones stay, until each expires by itself."""
         try:
-            answer = await client.get(
-                "/v1/directives", headers={"If-None-Match": self._etag} if self._etag else {}
-            )
+            known = {"If-None-Match": self._etag} if self._etag else {}
+            answer = await self._ask_control(client, "GET", "/v1/directives", headers=known)
         except httpx.TransportError as e:
             return f"directives not read: {type(e).__name__}"
         if answer.status_code == 304:

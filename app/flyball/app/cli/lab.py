@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from flyball.app.cli._common import AsJson, plain_terminal, print_json
+from flyball.app.cli._common import DEFAULT_URL, AsJson, TokenOption, Url, plain_terminal, print_json
 from flyball.core.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
+    from flyball.lab.faults import AnyFault
+    from flyball.lab.live import Tick
     from flyball.lab.rows import Table
+
+_REPORT_S: Final = 10.0
+_FAILS_AFTER_S: Final = 300.0
+"""Of quiet traffic, so that it is known what is normal."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -23,6 +32,7 @@ def add_to(app: typer.Typer) -> None:
     )
     lab.command("score")(score)
     lab.command("export")(export)
+    lab.command("load")(load)
     app.add_typer(lab, name="lab")
 
 
@@ -167,3 +177,56 @@ def export(
         simulator.add_fault(ProviderOutage(outage, 0.6, middle, min(middle + 300, START_AT + seconds)))
     written = write_ndjson(simulator, out, seconds)
     print(f"wrote {written:,} events to {out}", file=sys.stderr)
+
+
+def load(
+    url: Url = DEFAULT_URL,
+    token: TokenOption = "",
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where leases are read, if not at --url: a worker with the role control; may be repeated.",
+            metavar="URL",
+            show_default="--url",
+        ),
+    ] = None,
+    rate: Annotated[float, typer.Option(min=0.1, help="Logical calls a second.")] = 20.0,
+    seconds: Annotated[float, typer.Option(min=1, help="How long.", show_default="until Ctrl-C")] = math.inf,
+    seed: Annotated[int, typer.Option(help="Another seed is another day.")] = 1,
+    outage: Annotated[
+        str, typer.Option(help="Provider (a, b or c) that fails from the sixth to the tenth minute.")
+    ] = "",
+) -> None:
+    """Sends the simulated estate's telemetry to a running Flyball at live speed, and obeys its leases as a gateway does.
+
+    Examples:
+
+      flyball lab load --url http://127.0.0.1:4390
+
+      flyball lab load --url http://127.0.0.1:4390 --control http://127.0.0.1:4391 --rate 50 --outage b
+    """
+    from flyball.lab.faults import ProviderOutage
+    from flyball.lab.live import LiveLab
+
+    def faults(start: float) -> Sequence[AnyFault]:
+        fails_at = start + _FAILS_AFTER_S
+        return [ProviderOutage(outage, 0.6, fails_at, fails_at + 300.0)] if outage else []
+
+    report_at = 0.0
+
+    def report(tick: Tick) -> None:
+        nonlocal report_at
+        if tick.elapsed_s >= report_at:
+            report_at = tick.elapsed_s + _REPORT_S
+            refused = f", {tick.events_refused:,} refused" if tick.events_refused else ""
+            leases = f", {len(tick.directives)} leases in force" if tick.directives else ""
+            problem = f"; {tick.problem}" if tick.problem else ""
+            print(
+                f"{tick.elapsed_s:5.0f} s  {tick.events_sent:,} events{refused}{leases}{problem}", flush=True
+            )
+
+    lab = LiveLab(url, seed, faults, rate, token, control or ())
+    try:
+        asyncio.run(lab.run(seconds, report))
+    except KeyboardInterrupt:
+        print("stopped")
