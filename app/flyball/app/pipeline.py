@@ -293,6 +293,11 @@ class Pipeline:
         return max(0.0, self.windows.watermark, merged)
 
     @property
+    def sources(self) -> dict[str, tuple[int, float, bool]]:
+        """Of each source of portions: newest record applied, newest event time, whether it is idle."""
+        return self._merger.sources if self._merger is not None else {}
+
+    @property
     def window_stats(self) -> WindowStats:
         """What windows count, wherever they are made."""
         return self.windows.stats if self._merger is None else self._merger.stats
