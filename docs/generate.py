@@ -348,18 +348,34 @@ def metrics_page() -> str:
 
     from flyball.app.clock import SystemClock
     from flyball.app.embedded import Embedded
+    from flyball.app.http.kafka import IngestCollector
+    from flyball.app.kafka_ingest import KafkaIngest
     from flyball.app.metrics import RuntimeCollector
     from flyball.app.wiring import lab_governor
+    from flyball.streams.kafka.config import KafkaConfig
 
     with tempfile.TemporaryDirectory() as folder:
         runtime = Embedded(lab_governor, Path(folder) / "db", SystemClock())
-        found = list(RuntimeCollector(runtime).collect())
+        decides = list(RuntimeCollector(runtime).collect())
+    takes = list(IngestCollector(KafkaIngest(KafkaConfig("kafka:9092"), SystemClock())).collect())
     lines = _page(
         "Metrics",
         "At `GET /metrics`, in the Prometheus text format. Worth an alert of your own: `flyball_lag_seconds` above 30,",
-        "`flyball_disabled_detectors` above 0, `flyball_rejected_events_total` rising.",
+        "`flyball_disabled_detectors` above 0, `flyball_rejected_events_total` rising; `deploy/prometheus/alerts.yml` has more.",
     )
-    lines += _table(
+    lines += _metrics(decides)
+    lines += [
+        "## Ingest into Kafka",
+        "",
+        "Of `flyball run --kafka`, which decides nothing.",
+        "",
+        *_metrics(takes),
+    ]
+    return _finish(lines)
+
+
+def _metrics(found: Iterable[Any]) -> list[str]:
+    return _table(
         ("metric", "kind", "labels", "meaning"),
         (
             (
@@ -369,7 +385,6 @@ def metrics_page() -> str:
             for m in found
         ),
     )  # fmt: skip
-    return _finish(lines)
 
 
 # --- HTTP ----------------------------------------------------------------------------------------------------------
