@@ -13,14 +13,14 @@ PAGE = (ROOT / "docs" / "promises.md").read_text()
 
 
 @functools.cache
-def tests_there_are() -> frozenset[str]:
+def named_tests() -> frozenset[str]:
     sources = (path.read_text() for path in sorted((ROOT / "tests").rglob("*.py")))
     return frozenset(name for text in sources for name in re.findall(r"^def (test_\w+)\(", text, re.M))
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+)`", PAGE))))
 def test_a_test_that_is_named_exists(name: str) -> None:
-    assert name in tests_there_are()
+    assert name in named_tests()
 
 
 def promises() -> list[str]:
