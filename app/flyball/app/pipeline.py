@@ -55,7 +55,7 @@ from flyball.runbooks.loader import RunbookSet
 from flyball.runbooks.planner import Planner
 from flyball.streams.dedup import Deduplicator
 from flyball.streams.merging import STALL_S, Merged, Merger
-from flyball.streams.portion import Portion
+from flyball.streams.portion import Halt, Portion
 from flyball.streams.windows import Windows, WindowSettings, WindowStats
 
 _log = structlog.get_logger(__name__)
@@ -176,8 +176,9 @@ class Pipeline:
         # Never later than `at`: clocks of producers set the times of records.
         told = portion.newest if portion.received_at is None else portion.received_at
         self._now = max(self._now, min(told, at))
-        before = merger.totals.copy()
+        before, stood = merger.totals.copy(), merger.halts.get(portion.source)
         self._take_merged(self._timed("merge", merger.feed, portion, at), out)
+        self._correlate(_halted(portion.source, stood, merger.halts.get(portion.source), self._now), out)
         for kind in TYPE_NAMES.values():
             if n := merger.totals[kind] - before[kind]:
                 self.counters.events[kind] += n
@@ -571,6 +572,23 @@ def _own_fault(fault: Fault) -> Anomaly:
         klass="fault", labels=labels, at=fault.at, since=fault.at, observed=1.0, threshold=1.0, score=1.0, n=1, unit="records",
         evidence={"record": fault.position, "kind": fault.kind, "reason": fault.reason},
     )  # fmt: skip
+
+
+def _halted(source: str, before: Halt | None, now: Halt | None, at: float) -> list[Anomaly]:
+    """What Flyball says about itself when a source of portions came to stand, and when it goes well again."""
+    if (before is None) == (now is None):
+        return []
+    halt = now or before
+    assert halt is not None
+    return [
+        Anomaly(
+            id=anomaly_id("flyball", "stream.poison", "stands", {"source": source}, halt.at), detector="flyball",
+            signal="stream.poison", klass="stands", labels={"sender": "flyball"}, at=at, since=min(halt.at, at),
+            phase="off" if now is None else "on", observed=halt.share, expected=0.0, threshold=halt.limit, score=halt.share,
+            n=halt.of, unit="ratio", impact=halt.share if now is not None else 0.0,
+            evidence={"source": source, "record": halt.offset, "reason": halt.reason, "bad": halt.bad, "of": halt.of},
+        )
+    ]  # fmt: skip
 
 
 def is_page(change: IncidentChange) -> bool:

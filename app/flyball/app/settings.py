@@ -187,6 +187,38 @@ class KafkaSettings(BaseModel):
         description="Format of a topic's values where a record's header does not say it, by the topic's name without prefix: "
         "`{llm-calls: litellm}`; default `native`.",
     )
+    idle_s: Positive = Field(
+        2.0, description="A partition read to its end that had nothing for so long is not waited for."
+    )
+    stall_s: Positive = Field(
+        30.0,
+        description="Longest wait for a partition that nobody reads; what it tells later of closed windows is counted as late.",
+    )
+    snapshot_s: Positive = Field(
+        5.0,
+        description="Seconds between snapshots of the window stage, longer for large states; a restart reads the topics again from the last.",
+    )
+    stuck_s: Positive = Field(
+        60.0,
+        description="A worker ends, to be started again, when for so long records wait and none is read, or it cannot join its group, "
+        "or no broker answers.",
+    )
+    poison_ratio: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of lines that cannot be taken over which a partition stands, instead of going to the dead letters.",
+    )
+    poison_least: int = Field(
+        100, ge=1, description="Lines of a partition, good and bad, below which nothing is concluded."
+    )
+    poison_window_s: Positive = Field(
+        60.0, description="The share is that of the lines of the newest so many seconds."
+    )
+    poison_retry_s: Positive = Field(
+        20.0,
+        description="A partition that stands is tried again after so long. Below `stall_s`, a short spell of bad lines makes nothing late.",
+    )
 
     @field_validator("bootstrap", mode="after")
     @classmethod

@@ -40,6 +40,7 @@ def pipeline_config(
         mode=settings.mode,
         scripted=scripted,
         dry_run=settings.dry_run,
+        stall_s=settings.kafka.stall_s,
         runbooks=runbooks if runbooks is not None else runbooks_of(settings),
     )
 

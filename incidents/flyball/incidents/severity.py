@@ -70,6 +70,8 @@ def _of_anomaly(a: Anomaly, case: Case, s: SeveritySettings, run_usd_per_min: fl
         return Severity.MEDIUM, "an inference server is saturated; no call is known to suffer"
     if a.signal == "stream.silent":
         return Severity.MEDIUM, "a sender stopped: Flyball is partly blind"
+    if a.signal == "stream.poison" and a.klass == "stands":
+        return Severity.MEDIUM, "a source stands over bad input: Flyball is partly blind"
     return Severity.LOW, f"{a.signal} by itself harms nobody at once"
 
 

@@ -20,6 +20,7 @@ from flyball.core.columns import Window
 from flyball.core.events import Batch, Event, LlmCall
 from flyball.streams.dedup import Deduplicator
 from flyball.streams.portion import (
+    Halt,
     PackedPartial,
     PackedSingles,
     Partial,
@@ -39,6 +40,17 @@ if TYPE_CHECKING:
 
 MAX_CALLS: Final = 250_000
 """Calls that a partition remembers to tell copies: some 11 MB of its snapshot."""
+
+
+class Late(msgspec.Struct, frozen=True):
+    """A call that is in no window, because its window had closed when it came."""
+
+    offset: int
+    index: int
+    """Among the events of its record."""
+    event: Event
+    behind_s: float
+    """How far its time lies before the watermark that it met."""
 
 
 class Front:
@@ -76,6 +88,11 @@ class Front:
         self._partials: list[Partial] = []
         self._singles: list[Single] = []
         self._told: tuple[float, float, bool] = (-math.inf, -math.inf, False)
+        self.halt: Halt | None = None
+        """Set by whoever feeds this, when it feeds no more because too much was bad, and taken back."""
+        self._told_halt: Halt | None = None
+        self.late: list[Late] = []
+        """The late calls of the newest batch; for whoever feeds this. Not part of the state."""
 
     @property
     def needed_from(self) -> int:
@@ -93,7 +110,8 @@ class Front:
         if batch.received_at is not None:
             self._received_at = max(self._received_at or -math.inf, batch.received_at)
         self.last = max(self.last, last)
-        newest = self.windows.newest
+        self.late = []
+        newest, watermark, told = self.windows.newest, self.windows.watermark, offsets
         batch = self._dedup.feed(batch)
         if self._dedup.kept is not None:
             offsets = offsets[self._dedup.kept]
@@ -101,6 +119,8 @@ class Front:
         if not events:
             return
         closed = self.windows.feed(batch)
+        if len(self.windows.late):
+            self._note_late(events, offsets, told, watermark)
         self._pick_singles(events, offsets, newest)
         self._note_spans(events, offsets)
         self._settle(closed)
@@ -112,6 +132,14 @@ class Front:
     def flush(self) -> None:
         """Closes every window: the end of a replay."""
         self._settle(self.windows.flush())
+
+    def _note_late(self, events: Sequence[Event], offsets: Ints, told: Ints, watermark: float) -> None:
+        kept = self._dedup.kept
+        for row in self.windows.late.tolist():
+            offset = int(offsets[row])
+            place = row if kept is None else kept[row]
+            index = place - int(np.searchsorted(told, offset))
+            self.late.append(Late(offset, index, events[row], watermark - float(self.windows.times[row])))
 
     def _pick_singles(self, events: Sequence[Event], offsets: Ints, newest: float) -> None:
         """Sets aside what is wanted by itself: everything but calls outside runs."""
@@ -160,7 +188,13 @@ class Front:
         idle = quiet and not self._spans
         newest, watermark = self.windows.newest, self.windows.watermark
         told = (newest, self._closed_until(watermark), idle)
-        if self.last < self._cut and not self._partials and told == self._told and not sources:
+        if (
+            self.last < self._cut
+            and not self._partials
+            and told == self._told
+            and not sources
+            and self.halt == self._told_halt
+        ):
             return None
         stats = self.windows.stats
         totals = dict(stats.events) | {
@@ -170,10 +204,10 @@ class Front:
         portion = Portion(
             source=self.source, first=self._cut, last=self.last, origin=self._origin, newest=newest, watermark=watermark, idle=idle,
             received_at=self._received_at, partials=self._partials, singles=self._singles, totals=totals, skew_s=stats.skew_s,
-            sources=tuple(sources),
+            sources=tuple(sources), halt=self.halt,
         )  # fmt: skip
         self._partials, self._singles = [], []
-        self._cut, self._told = self.last + 1, told
+        self._cut, self._told, self._told_halt = self.last + 1, told, self.halt
         return portion
 
     def _closed_until(self, watermark: float) -> float:
@@ -187,6 +221,7 @@ class Front:
             (
                 self.source, self._dedup.snapshot(), self.windows.snapshot(), self._origin, self.last, self._cut, self._received_at,
                 self._spans, [pack_partial(p) for p in self._partials], pack_singles(self._singles), self._told,
+                self.halt, self._told_halt,
             ),
         )  # fmt: skip
 
@@ -205,6 +240,7 @@ class Front:
         self._received_at, self._spans, self._told = found.received_at, found.spans, found.told
         self._partials = [unpack_partial(p) for p in found.partials]
         self._singles = unpack_singles(found.singles)
+        self.halt, self._told_halt = found.halt, found.told_halt
 
 
 class _State(msgspec.Struct, array_like=True, frozen=True):
@@ -219,6 +255,8 @@ class _State(msgspec.Struct, array_like=True, frozen=True):
     partials: list[PackedPartial]
     singles: PackedSingles
     told: tuple[float, float, bool]
+    halt: Halt | None = None
+    told_halt: Halt | None = None
 
 
-__all__ = ["MAX_CALLS", "Front"]
+__all__ = ["MAX_CALLS", "Front", "Late"]

@@ -26,6 +26,7 @@ from flyball.core.codec import pack_state, unpack_state
 from flyball.core.columns import Window
 from flyball.core.events import TYPE_NAMES, Batch, Event
 from flyball.streams.portion import (
+    Halt,
     PackedPartial,
     PackedSingles,
     Partial,
@@ -99,6 +100,8 @@ class Merger:
         """Portions that held nothing new."""
         self.missed = 0
         """Records that no portion has told: removed before they were read."""
+        self.halts: dict[str, Halt] = {}
+        """Sources that stand, and why they first did."""
 
     # --- in -------------------------------------------------------------------------------------------------------
 
@@ -132,6 +135,10 @@ class Merger:
         source.watermark = max(source.watermark, portion.watermark)
         source.idle = portion.idle
         source.skew_s = dict(portion.skew_s)
+        if portion.halt is None:
+            self.halts.pop(portion.source, None)
+        else:
+            self.halts.setdefault(portion.source, portion.halt)
         return self._release()
 
     def tick(self, now: float) -> list[Merged]:
@@ -285,7 +292,7 @@ class Merger:
             self.KIND, self.VERSION,
             (
                 sources, parts, self._merged, self._closed_before, self._now, self._received_at, self._closed, dict(self.totals),
-                self.late, self.stale, self.missed, self._windows.snapshot(),
+                self.late, self.stale, self.missed, self._windows.snapshot(), self.halts,
             ),
         )  # fmt: skip
 
@@ -314,6 +321,7 @@ class Merger:
         self.totals = Counter(found.totals)
         self.late, self.stale, self.missed = found.late, found.stale, found.missed
         self._windows.restore(found.windows)
+        self.halts = found.halts
 
 
 def _order(item: tuple[float, str, Window | Event]) -> tuple[float, str]:
@@ -338,6 +346,7 @@ class _State(msgspec.Struct, array_like=True, frozen=True):
     stale: int
     missed: int
     windows: bytes
+    halts: dict[str, Halt] = {}
 
 
 __all__ = ["STALL_S", "Merged", "Merger"]

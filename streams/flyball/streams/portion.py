@@ -67,6 +67,29 @@ class Single(msgspec.Struct, frozen=True, array_like=True):
     event: Event
 
 
+class Halt(msgspec.Struct, frozen=True, array_like=True):
+    """Why a source stands: too much of what came could not be taken. It keeps its place, and is tried again.
+
+    Args:
+        at: when it came to stand, as the records' times of arrival say.
+        offset: the record that it stands at.
+        reason: the most frequent reason for what could not be taken.
+        bad: how many could not be taken, of the `of` newest.
+        limit: the share of them that is bearable.
+    """
+
+    at: float
+    offset: int
+    reason: str
+    bad: int
+    of: int
+    limit: float
+
+    @property
+    def share(self) -> float:
+        return self.bad / self.of if self.of else 1.0
+
+
 class Portion(msgspec.Struct, frozen=True, kw_only=True):
     """What a source said in the records `first` to `last`; `last < first` when only time has passed.
 
@@ -91,6 +114,8 @@ class Portion(msgspec.Struct, frozen=True, kw_only=True):
     """Senders whose clock is off."""
     sources: Sequence[str] = ()
     """All sources that a portion is to be expected of; told by whoever has just taken this one on."""
+    halt: Halt | None = None
+    """Told in every portion while the source stands, until it has been seen to go well again."""
 
 
 def encode_portion(portion: Portion) -> bytes:
@@ -101,6 +126,7 @@ def encode_portion(portion: Portion) -> bytes:
         (
             p.source, p.first, p.last, p.origin, p.newest, p.watermark, p.idle, p.received_at,
             [pack_partial(x) for x in p.partials], pack_singles(p.singles), p.totals, p.skew_s, list(p.sources),
+            p.halt,
         ),
     )  # fmt: skip
 
@@ -115,7 +141,7 @@ def decode_portion(data: bytes) -> Portion:
         return Portion(
             source=raw.source, first=raw.first, last=raw.last, origin=raw.origin, newest=raw.newest, watermark=raw.watermark,
             idle=raw.idle, received_at=raw.received_at, partials=[unpack_partial(x) for x in raw.partials],
-            singles=unpack_singles(raw.singles), totals=raw.totals, skew_s=raw.skew_s, sources=raw.sources,
+            singles=unpack_singles(raw.singles), totals=raw.totals, skew_s=raw.skew_s, sources=raw.sources, halt=raw.halt,
         )  # fmt: skip
     except (SnapshotError, msgspec.DecodeError, ValueError, IndexError) as e:
         raise PortionError(f"not a portion that this version reads: {e}") from e
@@ -168,6 +194,7 @@ class _Wire(msgspec.Struct, array_like=True, frozen=True):
     totals: dict[str, int]
     skew_s: dict[str, float]
     sources: list[str]
+    halt: Halt | None = None
 
 
 def pack_singles(singles: Sequence[Single]) -> PackedSingles:
@@ -275,6 +302,7 @@ def _histogram(parts: tuple[bytes, bytes, bytes], n: int) -> Histogram:
 
 
 __all__ = [
+    "Halt",
     "PackedPartial",
     "PackedSingles",
     "Partial",

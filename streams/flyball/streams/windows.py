@@ -47,6 +47,7 @@ _SAMPLES: Final = 3
 _FORGET_S: Final = 86_400.0
 _FORGET_EVERY: Final = 64
 _ONLY_CALLS: Final = {LlmCall}
+_NONE: Final = np.empty(0, np.int64)
 _SANE_S: Final = 1e11
 """No event time is further from 1970 than this (three thousand years); beyond, a number is damaged."""
 
@@ -215,6 +216,8 @@ class Windows:
         self._damaged = self._windows_closed = 0
         self.times: Floats = np.empty(0)
         """Corrected times of the events of the newest batch, nan where damaged; for whoever feeds this. Not part of the state."""
+        self.late: Ints = _NONE
+        """Which events of the newest batch are calls whose window had closed; for whoever feeds this. Not part of the state."""
 
     @property
     def closed_before(self) -> int | None:
@@ -244,6 +247,7 @@ class Windows:
 
     def feed(self, batch: Batch) -> list[Window]:
         """Take one batch; returns the windows that it closed, oldest first."""
+        self.late = _NONE
         events = batch.events
         if not events:
             return []
@@ -274,6 +278,8 @@ class Windows:
             self.times[sane] = at
         if LlmCall in types:
             self._place(events, at, low, high, sender, only_calls)
+            if sane is not None:
+                self.late = np.flatnonzero(sane)[self.late]
         self._time.observe(batch.sender, sender, high, batch.received_at, calls=LlmCall in types)
         return self._close_passed()
 
@@ -313,7 +319,8 @@ class Windows:
             number = number[chosen]
         if closed_before is not None and len(number) and number.min() < closed_before:
             late = number < closed_before
-            self._time.count_late(sender, int(late.sum()))
+            self.late = chosen[late]
+            self._time.count_late(sender, len(self.late))
             chosen, number = chosen[~late], number[~late]
         for window in np.unique(number).tolist():
             self._wait(window, [cast(LlmCall, events[i]) for i in chosen[number == window].tolist()])

@@ -13,6 +13,8 @@ from flyball.streams.kafka.topics import MAX_MESSAGE_BYTES
 
 _FETCH_BYTES: Final = 4 << 20
 SESSION_MS: Final = 10_000
+HAND_OVER_MS: Final = 30_000
+"""How long the others wait for one that stores its state before it gives partitions away."""
 
 
 class Place(NamedTuple):
@@ -53,6 +55,7 @@ class GroupReader:
         self._consumer = AIOKafkaConsumer(
             **config.for_aiokafka(), group_id=config.group(role), enable_auto_commit=False, auto_offset_reset="earliest",
             max_partition_fetch_bytes=_FETCH_BYTES, session_timeout_ms=SESSION_MS, heartbeat_interval_ms=SESSION_MS // 4,
+            rebalance_timeout_ms=HAND_OVER_MS,
         )  # fmt: skip
         self._listener = _Listener(assigned, revoked)
 
@@ -76,6 +79,13 @@ class GroupReader:
 
     def seek(self, place: Place, offset: int) -> None:
         self._consumer.seek(TopicPartition(*place), offset)
+
+    def pause(self, places: Iterable[Place]) -> None:
+        """`read` gives nothing of these until `resume`; they stay this process's."""
+        self._consumer.pause(*(TopicPartition(*p) for p in places))
+
+    def resume(self, places: Iterable[Place]) -> None:
+        self._consumer.resume(*(TopicPartition(*p) for p in places))
 
     async def committed(self, place: Place) -> int | None:
         found: int | None = await self._consumer.committed(TopicPartition(*place))
@@ -110,21 +120,28 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
         await self._revoked(sorted(Place(tp.topic, tp.partition) for tp in revoked))
 
 
-async def read_all(config: KafkaConfig, place: Place) -> list[Record]:
-    """Every record of a partition, up to its end as of now: a compacted topic's state."""
+async def read_all(
+    config: KafkaConfig, places: Sequence[Place], progress: Callable[[], None] = lambda: None
+) -> list[Record]:
+    """Every record of these partitions, up to their ends as of now, each partition in order: a compacted topic's state.
+
+    Args:
+        progress: called as records come.
+    """
     consumer = AIOKafkaConsumer(
         **config.for_aiokafka(), enable_auto_commit=False, auto_offset_reset="earliest", max_partition_fetch_bytes=_FETCH_BYTES
     )  # fmt: skip
     await consumer.start()
     try:
-        tp = TopicPartition(*place)
-        consumer.assign([tp])
-        end = (await consumer.end_offsets([tp]))[tp]
-        await consumer.seek_to_beginning(tp)
+        tps = [TopicPartition(*p) for p in places]
+        consumer.assign(tps)
+        ends = await consumer.end_offsets(tps)
+        await consumer.seek_to_beginning(*tps)
         found: list[Any] = []
-        while await consumer.position(tp) < end:
-            for records in (await consumer.getmany(tp, timeout_ms=500)).values():
+        while left := [tp for tp in tps if await consumer.position(tp) < ends[tp]]:
+            for records in (await consumer.getmany(*left, timeout_ms=500)).values():
                 found += records
+                progress()
         return found
     finally:
         await consumer.stop()
@@ -195,9 +212,18 @@ class TopicReader:
         found = await self._consumer.getmany(timeout_ms=int(wait_s * 1000), max_records=most)
         return {Place(tp.topic, tp.partition): records for tp, records in found.items()}
 
-    async def ends(self, places: Iterable[Place]) -> dict[Place, int]:
-        found = await self._consumer.end_offsets([TopicPartition(*p) for p in places])
+    @property
+    def places(self) -> list[Place]:
+        return sorted(Place(tp.topic, tp.partition) for tp in self._consumer.assignment())
+
+    async def ends(self) -> dict[Place, int]:
+        """The offset that the next record of each partition will have, as a broker says now."""
+        found = await self._consumer.end_offsets([TopicPartition(*p) for p in self.places])
         return {Place(tp.topic, tp.partition): o for tp, o in found.items()}
+
+    def end_seen(self, place: Place) -> int:
+        """The same as of the newest answer to a fetch; 0 before the first."""
+        return self._consumer.highwater(TopicPartition(*place)) or 0
 
     async def commit(self, offsets: Mapping[Place, int]) -> None:
         """For those who look at lag; where to go on stands in the database."""

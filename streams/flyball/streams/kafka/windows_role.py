@@ -1,55 +1,53 @@
 """The role `windows`: raw records of the source topics in, portions to `flyball.windows` out.
 
     getmany → decode (poison → dead letters) → Front of the partition → every `cut_s` a portion → every few seconds a snapshot, then a commit
+                                                   (late → flyball.late)
 
-What keeps it exact: a portion is acknowledged before the snapshot that is ahead of it, and a snapshot before the commit. After a crash the
-newest snapshot is restored and its partition read again from there; what is told once more for that, the merger behind knows already. The
+What keeps it exact: dead letters, late calls and portions are acknowledged before the snapshot that is ahead of them, and a snapshot before the commit.
+After a crash the newest snapshot is restored and its partition read again from there; what is told once more for that, the merger
+behind knows already, while a dead letter or a late call of these seconds stands there twice, with the same topic, partition, offset and index. The
 committed offset is never past the first record of an open window, so it will do where a snapshot is gone, copies of calls across it aside.
 
-A snapshot is some records of `flyball.state`, in one of two slots in turn, and a mark that names the slot: a mark never points at
-half of a snapshot, also when compaction runs meanwhile.
+A partition is registered only once its state is restored and its place sought, in a task beside the group's own, whose heartbeats go on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import msgspec
 import numpy as np
 import structlog
 
 from flyball.core.codec import SnapshotError
-from flyball.core.errors import ConfigError, FlyballError
-from flyball.core.events import Batch, Event
-from flyball.core.ports import Decoded
+from flyball.core.errors import ConfigError
+from flyball.core.events import Batch
 from flyball.streams.front import Front
-from flyball.streams.kafka.client import GroupReader, Place, Record, Writer, read_all
+from flyball.streams.kafka.breaker import Breaker, PoisonSettings
+from flyball.streams.kafka.client import GroupReader, KafkaError, Place, Record, Writer
 from flyball.streams.kafka.config import KafkaConfig
 from flyball.streams.kafka.dead_letters import KafkaLetter, to_headers
+from flyball.streams.kafka.intake import Decode, Intake, Lines, slices
+from flyball.streams.kafka.late import TOPIC as LATE
+from flyball.streams.kafka.late import late_record
+from flyball.streams.kafka.snapshots import Snapshots
 from flyball.streams.kafka.topics import TAKEN_IN
-from flyball.streams.portion import encode_portion
+from flyball.streams.kafka.watch import Stuck, Watch
+from flyball.streams.portion import Halt, encode_portion
 from flyball.streams.windows import WindowSettings
 
 ROLE: Final = "windows"
-_CHUNK: Final = 4 << 20
-_SNAPSHOT_BYTES_A_S: Final = 4 << 20
-"""A large state is stored less often, so that storing it never takes more than this."""
+_SNAPSHOT_BYTES_A_S: Final = 8 << 20
+"""Large states are stored less often, so that storing all of them never takes more than this."""
 _STEP_S: Final = 2.0
-_SLICE_S: Final = 0.5
+_CLOSE_S: Final = 5.0
+_NONE: Final = np.empty(0, np.int64)
 _log = structlog.get_logger(__name__)
-
-Decode = Callable[[str, bytes, Mapping[str, bytes]], Decoded]
-"""(topic without prefix, value, headers) → events and what could not be taken. Raises nothing about the bytes."""
-
-
-class Stuck(FlyballError):
-    """Lag grows and nothing moves, or the group cannot be joined: the process should end, and be started again."""
-
-    exit_code = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,24 +55,43 @@ class RoleSettings:
     """Args:
     cut_s: how often a portion is sent.
     snapshot_s: how often changed state is stored, at most.
-    quiet_s: a partition read to its end that had nothing for so long is told to be idle.
-    stuck_s: without progress for so long while there is something to read, the role ends.
+    idle_s: a partition read to its end that had nothing for so long is told to be idle.
+    stuck_s: without progress for so long while there is something to read, or out of the group, the role ends.
     most: records read at once.
+    poison: when a partition stands because too much of it is bad.
     """
 
     cut_s: float = 0.5
     snapshot_s: float = 5.0
-    quiet_s: float = 2.0
+    idle_s: float = 2.0
     stuck_s: float = 60.0
     most: int = 5000
+    poison: PoisonSettings = field(default_factory=PoisonSettings)
 
 
-class _Mark(msgspec.Struct, array_like=True):
-    """Where the newest whole snapshot is, and which record it follows."""
+@dataclass(frozen=True, slots=True)
+class RoleFigures:
+    """How the role stands; counters are since the process began.
 
-    slot: int
-    chunks: int
-    last: int
+    By partition: `lag` (records that wait), `halts` (those that stand, and why), `state_bytes` (newest snapshot of each).
+    """
+
+    records: int
+    events: int
+    rejected: Mapping[str, int]
+    """By reason."""
+    late: int
+    portions: int
+    portion_bytes: int
+    snapshots: int
+    snapshot_bytes: int
+    rebalances: int
+    stopped: int
+    """How often a partition came to stand."""
+    owned: Sequence[str]
+    lag: Mapping[str, int]
+    halts: Mapping[str, Halt]
+    state_bytes: Mapping[str, int]
 
 
 @dataclass(slots=True)
@@ -83,11 +100,11 @@ class _Owned:
 
     place: Place
     front: Front
-    slot: int = 0
-    saved: int = -2
-    """Newest record in the stored snapshot."""
+    breaker: Breaker
+    saved: tuple[int, Halt | None] | None = None
+    """Newest record and halt in the stored snapshot."""
     saved_at: float = 0.0
-    pause_s: float = 0.0
+    state_bytes: int = 0
     committed: int = -1
     heard_at: float = 0.0
     confirmed_at: float | None = None
@@ -95,15 +112,21 @@ class _Owned:
     quiet_s: float = 0.0
     """For how long the partition has been known to be read to its end."""
     received_at: float | None = None
+    stands_until: float | None = None
+    """Not read before then: too much was bad."""
+    resumed_at: float = 0.0
+
+    @property
+    def following(self) -> int:
+        return self.front.last + 1
 
 
 @dataclass(slots=True)
-class _Read:
-    """The events of one sender among some records."""
+class _Aside:
+    """What goes to other topics than the portions', before the state that is ahead of it is stored."""
 
-    events: list[Event] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    received_at: float | None = None
+    letters: list[KafkaLetter] = field(default_factory=list)
+    late: list[tuple[Place, bytes, list[tuple[str, bytes]]]] = field(default_factory=list)
 
 
 class WindowsRole:
@@ -111,7 +134,7 @@ class WindowsRole:
 
     Args:
         decode: bytes to events.
-        clock: wall time, in seconds since the epoch; only tells ages of records that say no arrival.
+        lines: whether values of a topic, with these headers, are lines of which any may be read together.
     """
 
     def __init__(
@@ -120,241 +143,340 @@ class WindowsRole:
         decode: Decode,
         windows: WindowSettings,
         settings: RoleSettings | None = None,
+        *,
+        lines: Lines = lambda _topic, _headers: False,
     ) -> None:
-        self._config, self._decode, self._windows = config, decode, windows
+        self._config, self._windows = config, windows
         self._settings = settings or RoleSettings()
+        self._intake = Intake(config.prefix, decode, lines)
         self._reader = GroupReader(config, ROLE, TAKEN_IN, self._assigned, self._revoked)
         self._writer = Writer(config)
+        self._snapshots = Snapshots(config, self._writer)
         self._owned: dict[Place, _Owned] = {}
         self._busy = asyncio.Lock()
         """Held while fronts are fed, cut or stored, so that a partition is not given away in the middle."""
-        self._state_partitions = 1
-        self._moved_at = 0.0
-        self.rejected = 0
+        self._coming: asyncio.Task[None] | None = None
+        """Takes on what the group has just given to us."""
+        self._failed: BaseException | None = None
+        """What went wrong while partitions were given away: the client would only log it."""
+        self._cut_at = 0.0
+        self._doing = "starting"
+        self._watch = Watch(
+            self._reader, config.group(ROLE), self._settings.stuck_s, self._settings.cut_s,
+            at=lambda: {p: o.following for p, o in self._owned.items()},
+            standing=lambda: [p for p, o in self._owned.items() if o.stands_until is not None],
+            doing=lambda: self._doing,
+        )  # fmt: skip
+        self._counts: Counter[str] = Counter()
+        self._rejected: Counter[str] = Counter()
+
+    # --- life -------------------------------------------------------------------------------------------------------
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop` is set. Leaves the group at once, with everything told and stored.
 
-        Raises: Stuck; KafkaError.
+        Raises: Stuck.
         """
-        await self._writer.start()
+        work = asyncio.ensure_future(self._work(stop))
+        watch = asyncio.ensure_future(self._watch.run())
         try:
-            self._state_partitions = await self._writer.partitions("state")
-            await self._reader.start()
-            self._moved_at = time.monotonic()
-            cut_at = 0.0
-            while not stop.is_set():
-                found = await self._reader.read(self._settings.most, 0.1)
-                async with self._busy:
-                    await self._take(found)
-                    now = time.monotonic()
-                    if now - cut_at >= self._settings.cut_s:
-                        cut_at = now
-                        await self._tell()
-                await self._watch()
-            async with self._busy:
-                await self._hand_over(list(self._owned))
+            await asyncio.wait([work, watch], return_when=asyncio.FIRST_COMPLETED)
+            ended = work if work.done() else watch
         finally:
-            await self._reader.stop()
-            await self._writer.stop()
+            await _ended(watch, work)
+            await self._close()
+        ended.result()
+
+    async def _work(self, stop: asyncio.Event) -> None:
+        stopping = asyncio.ensure_future(stop.wait())
+        try:
+            await self._writer.start()
+            await self._snapshots.start()
+            await self._reader.start()
+            while not stop.is_set():
+                self._doing = "reading"
+                reading = asyncio.ensure_future(self._reader.read(self._settings.most, 0.1))
+                # While the group is shared out anew, `read` takes as long as that.
+                await asyncio.wait([reading, stopping], return_when=asyncio.FIRST_COMPLETED)
+                if not reading.done():
+                    await _ended(reading)
+                    break
+                await self._turn(reading.result())
+            async with self._busy:
+                await self._hand_over()
+        except KafkaError as e:
+            raise Stuck(f"Kafka failed while {self._doing}: {type(e).__name__}: {e}") from e
+        finally:
+            await _ended(stopping, *filter(None, [self._coming]))
+
+    async def _close(self) -> None:
+        """Out of the group at once; a broker that does not answer is not waited for."""
+        for stopping in self._reader.stop(), self._writer.stop():
+            with contextlib.suppress(TimeoutError, KafkaError):
+                await asyncio.wait_for(stopping, _CLOSE_S)
+
+    async def _turn(self, found: Mapping[Place, Sequence[Record]]) -> None:
+        if self._failed is not None:
+            raise self._failed
+        if self._coming is not None and self._coming.done():
+            coming, self._coming = self._coming, None
+            if not coming.cancelled():
+                coming.result()
+        async with self._busy:
+            await self._take(found)
+            now = time.monotonic()
+            if now - self._cut_at >= self._settings.cut_s:
+                self._cut_at = now
+                await self._tell(now)
 
     # --- partitions come and go -------------------------------------------------------------------------------------
 
     async def _assigned(self, places: list[Place]) -> None:
-        async with self._busy:
-            self._moved_at = time.monotonic()
-            begins = await self._reader.begins(places) if places else {}
-            states: dict[int, list[Record]] = {}
-            for place in places:
-                which = place.partition % self._state_partitions
-                if which not in states:
-                    states[which] = await read_all(self._config, Place(self._config.topic("state"), which))
-                owned = await self._restored(place, states[which], begins[place])
-                self._reader.seek(place, max(owned.front.last + 1, begins[place]))
-                owned.heard_at = time.monotonic()
-                self._owned[place] = owned
-            for place in places:
-                await self._send(self._owned[place], sources=[str(p) for p in self._reader.sources()])
-            _log.info("partitions.taken", partitions=[str(p) for p in places])
+        """Only begins: heartbeats wait until this returns, and reading large states takes longer than a session."""
+        self._counts["rebalances"] += 1
+        if not places:
+            self._watch.reads()
+            return
+        self._watch.waits("the state of its partitions could not be read")
+        self._reader.pause(places)
+        self._coming = asyncio.ensure_future(self._take_on(places))
 
-    async def _restored(self, place: Place, records: Sequence[Record], begin: int) -> _Owned:
-        newest = {r.key: r.value for r in records if r.key is not None}
-        raw = newest.get(str(place).encode())
-        if raw is not None:
-            mark = msgspec.msgpack.decode(raw, type=_Mark)
-            parts = [newest.get(f"{place}#{mark.slot}.{k}".encode()) for k in range(mark.chunks)]
+    async def _take_on(self, places: list[Place]) -> None:
+        self._doing = "restoring"
+        begins = await self._reader.begins(places)
+        states = await self._snapshots.load(places, self._watch.moved)
+        owned = [await self._restored(p, states.get(p), begins[p]) for p in places]
+        async with self._busy:
+            # From here to the end of `resume` nothing waits: partitions that are taken away meanwhile are taken away whole.
+            for one in owned:
+                self._reader.seek(one.place, max(one.following, begins[one.place]))
+                one.heard_at = one.saved_at = one.resumed_at = time.monotonic()
+                self._owned[one.place] = one
+            self._reader.resume(places)
+            self._watch.reads()
+            sources = [str(p) for p in self._reader.sources()]
+            await _all([sent for one in owned for sent in await self._send(one, sources)])
+        _log.info("partitions.taken", partitions=[str(p) for p in places])
+
+    async def _restored(self, place: Place, state: bytes | None, begin: int) -> _Owned:
+        breaker = Breaker(self._settings.poison)
+        if state is not None:
             front = Front(str(place), self._windows)
             try:
-                front.restore(b"".join(p or b"" for p in parts))
+                front.restore(state)
             except (SnapshotError, ConfigError) as e:
                 _log.warning("state.unreadable", partition=str(place), why=str(e))
             else:
-                return _Owned(place, front, mark.slot, front.last, time.monotonic())
+                return _Owned(place, front, breaker, (front.last, front.halt), state_bytes=len(state))
         committed = await self._reader.committed(place)
-        return _Owned(place, Front(str(place), self._windows, origin=max(committed or 0, begin)))
+        return _Owned(place, Front(str(place), self._windows, origin=max(committed or 0, begin)), breaker)
 
     async def _revoked(self, places: list[Place]) -> None:
+        self._watch.waits("the group could not be joined")
+        if self._coming is not None:
+            await _ended(self._coming)
+            self._coming = None
         async with self._busy:
-            await self._hand_over([p for p in places if p in self._owned])
+            handing = asyncio.ensure_future(self._hand_over())
+            try:
+                await asyncio.wait([handing])
+            finally:
+                await _ended(handing)
+                self._owned.clear()
+            self._failed = self._failed or handing.exception()
 
-    async def _hand_over(self, places: Sequence[Place]) -> None:
-        for place in places:
-            await self._send(self._owned[place])
-            await self._save(self._owned[place])
+    async def _hand_over(self) -> None:
+        """All of ours: the group takes all away before it shares them out anew."""
+        self._doing = "handing over"
+        used = [o for o in self._owned.values() if o.saved is not None or o.front.last >= 0]
+        await _all([sent for owned in used for sent in await self._send(owned)])
+        await self._save(used)
         await self._commit()
-        for place in places:
-            del self._owned[place]
+        self._owned.clear()
 
     # --- records ----------------------------------------------------------------------------------------------------
 
     async def _take(self, found: Mapping[Place, Sequence[Record]]) -> None:
-        letters: list[KafkaLetter] = []
+        aside = _Aside()
+        self._doing = "taking records"
         for place, records in found.items():
             owned = self._owned.get(place)
-            # Between an assignment and its seek the client may hand out what stands elsewhere.
-            fresh = [r for r in records if owned is not None and r.offset > owned.front.last]
-            if owned is None or not fresh:
+            if owned is None or owned.stands_until is not None:
                 continue
-            for some in _slices(fresh):
-                for sender, read in self._read(place, some, letters).items():
-                    batch = Batch(events=read.events, sender=sender, received_at=read.received_at)
-                    owned.front.feed(batch, np.array(read.offsets, np.int64), some[-1].offset)
-                    if read.received_at is not None:
-                        owned.received_at = max(owned.received_at or 0.0, read.received_at)
-            owned.front.feed(Batch(events=[]), np.empty(0, np.int64), fresh[-1].offset)
-            owned.heard_at = self._moved_at = time.monotonic()
-            owned.confirmed_at, owned.quiet_s = None, 0.0
-        acknowledged = [
-            await self._writer.send("dead-letters", x.body, key=x.key, headers=to_headers(x)) for x in letters
-        ]
-        for sent in acknowledged:
-            await sent
+            # Between an assignment and its seek the client may hand out what stands elsewhere.
+            fresh = [r for r in records if r.offset > owned.front.last]
+            for some in slices(fresh):
+                if not self._feed(owned, some, aside):
+                    break
+                await asyncio.sleep(0)  # heartbeats share this loop
+        if aside.letters or aside.late:
+            await self._put_aside(aside)
 
-    def _read(self, place: Place, records: Sequence[Record], letters: list[KafkaLetter]) -> dict[str, _Read]:
-        topic = place.topic.removeprefix(self._config.prefix)
-        by_sender: dict[str, _Read] = {}
-        for r in records:
-            headers = dict(r.headers)
-            decoded = self._decode(topic, r.value or b"", headers)
-            read = by_sender.setdefault(headers.get("sender", b"").decode("utf-8", "replace"), _Read())
-            read.events += decoded.events
-            read.offsets += [r.offset] * len(decoded.events)
-            at = _received_at(headers, r.timestamp)
-            read.received_at = at if read.received_at is None else max(read.received_at, at)
-            for bad in decoded.rejected:
-                self.rejected += 1
-                letters.append(
-                    KafkaLetter(
-                        topic=place.topic, partition=place.partition, offset=r.offset, reason=bad.reason, detail=bad.detail, at=at,
-                        size=len(bad.data), body=bad.data, index=bad.index, headers=tuple(r.headers),
-                    )
-                )  # fmt: skip
-        return by_sender
+    def _feed(self, owned: _Owned, records: Sequence[Record], aside: _Aside) -> bool:
+        """False when the partition stands now, before the first of the records that is not taken."""
+        front, place = owned.front, owned.place
+        read = self._intake.read(place, records, owned.breaker)
+        for sender, part in read.senders.items():
+            front.feed(part.batch(sender), part.offset_array(), read.last)
+            aside.late += [(place, *late_record(place, sender, late)) for late in front.late]
+            self._counts["late"] += len(front.late)
+            self._counts["events"] += len(part.events)
+        if read.taken:
+            front.feed(Batch(events=[]), _NONE, read.last)  # also where no event came of them
+            self._counts["records"] += read.taken
+            owned.received_at = max(owned.received_at or 0.0, read.received_at)
+        aside.letters += read.letters
+        self._rejected.update(x.reason for x in read.letters)
+        owned.heard_at = time.monotonic()
+        owned.confirmed_at, owned.quiet_s = None, 0.0
+        if read.halt is not None:
+            self._stand(owned, read.halt)
+        elif front.halt is not None and owned.breaker.sure:
+            self._go_well(owned)
+        return read.halt is None
+
+    async def _put_aside(self, aside: _Aside) -> None:
+        self._doing = "writing dead letters and late calls"
+        sent = [
+            await self._writer.send("dead-letters", x.body, key=x.key, headers=to_headers(x))
+            for x in aside.letters
+        ]
+        sent += [
+            await self._writer.send(LATE, value, key=str(place).encode(), headers=headers)
+            for place, value, headers in aside.late
+        ]
+        await _all(sent)
+
+    # --- poison -----------------------------------------------------------------------------------------------------
+
+    def _stand(self, owned: _Owned, halt: Halt) -> None:
+        self._counts["stopped"] += 1
+        owned.front.halt = owned.front.halt or halt
+        owned.stands_until = time.monotonic() + self._settings.poison.retry_s
+        self._reader.pause([owned.place])
+        _log.error(
+            "partition.stands", partition=str(owned.place), offset=halt.offset, bad=halt.bad, of=halt.of, reason=halt.reason,
+            again_in_s=self._settings.poison.retry_s,
+        )  # fmt: skip
+
+    def _try_again(self, now: float) -> None:
+        """Goes on with those that have stood for long enough: until they are too bad once more."""
+        for owned in self._owned.values():
+            if owned.stands_until is not None and now >= owned.stands_until:
+                owned.stands_until, owned.resumed_at, owned.heard_at = None, now, now
+                owned.breaker.forget()
+                self._reader.seek(owned.place, owned.following)
+                self._reader.resume([owned.place])
+            elif (
+                owned.front.halt is not None
+                and owned.stands_until is None
+                and now - owned.resumed_at >= self._settings.poison.retry_s
+            ):
+                self._go_well(owned)  # few came since, which says nothing against them
+
+    def _go_well(self, owned: _Owned) -> None:
+        owned.front.halt = None
+        _log.info("partition.goes_well", partition=str(owned.place), offset=owned.front.last)
 
     # --- what is told -----------------------------------------------------------------------------------------------
 
-    async def _tell(self) -> None:
-        await self._let_time_pass()
-        for owned in self._owned.values():
-            await self._send(owned)
-        now = time.monotonic()
-        for owned in self._owned.values():
-            due = owned.front.last != owned.saved and now - owned.saved_at >= owned.pause_s
-            if due:
-                await self._save(owned)
+    async def _tell(self, now: float) -> None:
+        self._try_again(now)
+        self._let_time_pass()
+        self._doing = "writing portions"
+        await _all([sent for owned in self._owned.values() for sent in await self._send(owned)])
+        pause_s = sum(o.state_bytes for o in self._owned.values()) / _SNAPSHOT_BYTES_A_S
+        await self._save(
+            [
+                o
+                for o in self._owned.values()
+                if o.saved != (o.front.last, o.front.halt)
+                and (o.saved is not None or o.front.last >= 0)
+                and now - o.saved_at >= max(self._settings.snapshot_s, pause_s)
+            ]
+        )
         await self._commit()
 
-    async def _let_time_pass(self) -> None:
+    def _let_time_pass(self) -> None:
         """Partitions without news: a broker has to say that they are read to the end before time may pass in them."""
-        asked_at = time.monotonic()
-        silent = [o for o in self._owned.values() if asked_at - o.heard_at >= self._settings.cut_s]
-        if not silent:
-            return
-        ends = await self._reader.ends([o.place for o in silent])
-        for owned in silent:
-            if ends[owned.place] > owned.front.last + 1:
-                owned.confirmed_at, owned.quiet_s = None, 0.0
+        for owned in self._owned.values():
+            end = self._watch.ends.get(owned.place)
+            if end is None or end.asked_at - owned.heard_at < self._settings.cut_s:
                 continue
-            if owned.confirmed_at is not None:
-                # A broker that did not answer for half a minute says nothing about that half minute.
-                owned.quiet_s += min(asked_at - owned.confirmed_at, _STEP_S)
-            owned.confirmed_at = asked_at
-            if owned.received_at is not None:
-                owned.front.tick(owned.received_at + owned.quiet_s)
+            if end.offset > owned.following:
+                owned.confirmed_at, owned.quiet_s = None, 0.0
+            elif owned.confirmed_at is None or end.asked_at > owned.confirmed_at:
+                if owned.confirmed_at is not None:
+                    # A broker that did not answer for half a minute says nothing about that half minute.
+                    owned.quiet_s += min(end.asked_at - owned.confirmed_at, _STEP_S)
+                owned.confirmed_at = end.asked_at
+                if owned.received_at is not None:
+                    owned.front.tick(owned.received_at + owned.quiet_s)
 
-    async def _send(self, owned: _Owned, sources: Sequence[str] = ()) -> None:
-        portion = owned.front.cut(quiet=owned.quiet_s >= self._settings.quiet_s, sources=sources)
-        if portion is not None:
-            sent = await self._writer.send("windows", encode_portion(portion), key=portion.source.encode())
-            await sent
+    async def _send(self, owned: _Owned, sources: Sequence[str] = ()) -> list[Awaitable[Any]]:
+        """Puts a portion on its way, if there is anything to say."""
+        portion = owned.front.cut(quiet=owned.quiet_s >= self._settings.idle_s, sources=sources)
+        if portion is None:
+            return []
+        value = encode_portion(portion)
+        self._counts["portions"] += 1
+        self._counts["portion_bytes"] += len(value)
+        return [await self._writer.send("windows", value, key=portion.source.encode())]
 
-    async def _save(self, owned: _Owned) -> None:
-        state, slot, which = (
-            owned.front.snapshot(), 1 - owned.slot, owned.place.partition % self._state_partitions,
-        )  # fmt: skip
-        chunks = [state[i : i + _CHUNK] for i in range(0, len(state), _CHUNK)]
-        sent: list[Any] = [
-            await self._writer.send("state", chunk, key=f"{owned.place}#{slot}.{k}".encode(), partition=which)
-            for k, chunk in enumerate(chunks)
-        ]
-        for one in sent:
-            await one
-        mark = msgspec.msgpack.encode(_Mark(slot, len(chunks), owned.front.last))
-        await (await self._writer.send("state", mark, key=str(owned.place).encode(), partition=which))
-        owned.slot, owned.saved, owned.saved_at = slot, owned.front.last, time.monotonic()
-        owned.pause_s = max(self._settings.snapshot_s, len(state) / _SNAPSHOT_BYTES_A_S)
+    async def _save(self, those: Sequence[_Owned]) -> None:
+        """Stores their state. What they have told must have been acknowledged."""
+        self._doing = "storing state"
+        sent: list[Any] = []
+        for owned in those:
+            state = owned.front.snapshot()
+            sent += await self._snapshots.save(owned.place, state, owned.front.last)
+            owned.state_bytes = len(state)
+            self._counts["snapshots"] += 1
+            self._counts["snapshot_bytes"] += len(state)
+            await asyncio.sleep(0)
+        await _all(sent)
+        for owned in those:
+            # Nothing was fed meanwhile: `_busy` is held.
+            owned.saved, owned.saved_at = (owned.front.last, owned.front.halt), time.monotonic()
 
     async def _commit(self) -> None:
         """Up to the first record of the oldest open window, and never past what is stored."""
+        self._doing = "committing"
         due = {
             place: n
             for place, owned in self._owned.items()
-            if (n := min(owned.front.needed_from, owned.saved + 1)) > owned.committed and owned.saved >= 0
+            if owned.saved is not None
+            and owned.saved[0] >= 0
+            and (n := min(owned.front.needed_from, owned.saved[0] + 1)) > owned.committed
         }
         if due and await self._reader.commit(due):
             for place, n in due.items():
                 self._owned[place].committed = n
 
-    # --- watchdog ---------------------------------------------------------------------------------------------------
+    # --- what is known ----------------------------------------------------------------------------------------------
 
-    async def _watch(self) -> None:
-        still_s = time.monotonic() - self._moved_at
-        if still_s < self._settings.stuck_s:
-            return
-        if not self._owned:
-            # Others may have all partitions; then the group at least answers.
-            self._moved_at = time.monotonic()
-            return
-        ends = await asyncio.wait_for(self._reader.ends(list(self._owned)), self._settings.stuck_s)
-        behind = {str(p): ends[p] - o.front.last - 1 for p, o in self._owned.items()}
-        if any(n > 0 for n in behind.values()):
-            raise Stuck(f"nothing was read for {still_s:.0f} s, but there is more: {behind}")
-        self._moved_at = time.monotonic()
+    def figures(self) -> RoleFigures:
+        """How things stand now; ask on the loop that runs the role."""
+        c, owned = self._counts, {str(p): o for p, o in sorted(self._owned.items())}
+        return RoleFigures(
+            records=c["records"], events=c["events"], rejected=dict(self._rejected), late=c["late"], portions=c["portions"],
+            portion_bytes=c["portion_bytes"], snapshots=c["snapshots"], snapshot_bytes=c["snapshot_bytes"],
+            rebalances=c["rebalances"], stopped=c["stopped"], owned=list(owned), lag={str(p): n for p, n in self._watch.lag().items()},
+            halts={n: o.front.halt for n, o in owned.items() if o.front.halt is not None},
+            state_bytes={n: o.state_bytes for n, o in owned.items()},
+        )  # fmt: skip
 
 
-def _slices(records: Sequence[Record]) -> Iterator[list[Record]]:
-    """Records that came within `_SLICE_S` of each other: senders are told apart within these only, so that going through a backlog
-    takes nobody's time far ahead of the others'."""
-    some: list[Record] = []
-    begun = 0.0
-    for r in records:
-        at = _received_at(dict(r.headers), r.timestamp)
-        if some and abs(at - begun) > _SLICE_S:
-            yield some
-            some = []
-        if not some:
-            begun = at
-        some.append(r)
-    if some:
-        yield some
+async def _all(sent: Sequence[Awaitable[Any]]) -> None:
+    for one in sent:
+        await one
 
 
-def _received_at(headers: Mapping[str, bytes], timestamp_ms: int) -> float:
-    """When the record's events arrived: as our ingest says, else when the record was made."""
-    try:
-        return float(headers["received_at"])
-    except (KeyError, ValueError):
-        return timestamp_ms / 1000.0
+async def _ended(*tasks: asyncio.Future[Any]) -> None:
+    """Cancels tasks and waits until they are over; whatever they raise stays with them."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
-__all__ = ["Decode", "RoleSettings", "Stuck", "WindowsRole"]
+__all__ = ["Decode", "RoleFigures", "RoleSettings", "Stuck", "WindowsRole"]
