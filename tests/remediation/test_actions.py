@@ -31,6 +31,7 @@ class Traffic:
     usd: float | None = 400.0
     tokens: float | None = 90_000.0
     gpus_of: dict[tuple[tuple[str, str], ...], list[str]] = field(default_factory=dict)
+    latency: float | None = None
 
     def now(self) -> float:
         return NOW
@@ -54,7 +55,7 @@ class Traffic:
         return self.tokens
 
     def latency_s(self, scope: Mapping[str, str], span_s: float) -> float | None:
-        return None
+        return self.latency
 
     def gpus(self, scope: Mapping[str, str], span_s: float) -> Sequence[str]:
         return self.gpus_of.get(tuple(sorted(scope.items())), [])
@@ -373,6 +374,33 @@ def test_a_hook_about_calls_touches_all_of_them_and_no_gpu() -> None:
 @pytest.mark.parametrize("root", ["node:", "node:other"])
 def test_a_hook_without_a_root_is_refused(root: str) -> None:
     assert refusal("hook", DRAIN, incident(root)) == "no_target"
+
+
+# --- redirect ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("signal", "evidence", "latency_s", "baseline"),
+    [
+        ("llm.latency", {"observed": 4.0, "expected": 1.0}, 6.0, {"latency_s": 1.5}),
+        ("llm.latency", {"observed": 4.0, "expected": 1.0}, None, {}),
+        ("llm.latency", {"observed": 1.0, "expected": 4.0}, 6.0, {}),
+        ("llm.latency", {}, 6.0, {}),
+        ("llm.errors", {"observed": 0.6, "expected": 0.004}, 6.0, {}),
+        ("llm.ttft", {"observed": 4.0, "expected": 1.0}, 6.0, {}),
+    ],
+)
+def test_a_redirect_away_from_a_slow_provider_knows_how_fast_it_was(
+    signal: str, evidence: dict[str, Any], latency_s: float | None, baseline: dict[str, float]
+) -> None:
+    slow = incident("provider:b", signal=signal, evidence=evidence)
+    estate = traffic({"provider": "b"}, {"provider": "c"}, latency=latency_s)
+    c = Candidate({"provider": "c"}, 0.0, 120, 1, 1)
+    action = ACTIONS.get("redirect")
+    params = action.Params.model_validate({"share": ["25%"], "for": "1h", "lease": "5m"})
+    found = action.freeze(params, PlanContext(slow, estate, lambda scope: [c]))
+    assert isinstance(found, Frozen), found
+    assert found.baseline == baseline
 
 
 # --- all -----------------------------------------------------------------------------------------------------------

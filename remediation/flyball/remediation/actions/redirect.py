@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, Final
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -10,6 +11,7 @@ from flyball.core.plans import DurationS, Effect, Frozen, PlanContext, Refusal
 from flyball.remediation.actions._action import PROBE_SHARE, ROOT_REFERENCE, LeaseParams, Shares, root_scope
 
 BEST_HEALTHY = "best_healthy"
+_SPEED_S: Final = 30.0
 
 
 class Redirect:
@@ -99,4 +101,20 @@ class Redirect:
             lease_s=params.lease_s,
             locks=(f"provider:{source}", f"provider:{target['provider']}"),
             max_share=shares[-1],
+            baseline=_speed_of(context, scope),
         )
+
+
+def _speed_of(context: PlanContext, scope: Mapping[str, str]) -> dict[str, float]:
+    """How fast the source was when it was well, of an incident about its latency; empty when it cannot be told.
+
+    Detectors judge the mean of the logarithm, recovery the plain mean: so the mean of now is divided by how many times slower it is.
+    """
+    evidence = context.incident.evidence
+    observed, expected = evidence.get("observed"), evidence.get("expected")
+    if context.incident.signal != "llm.latency" or not (
+        isinstance(observed, int | float) and isinstance(expected, int | float) and observed > expected > 0
+    ):
+        return {}
+    now = context.estate.latency_s(scope, _SPEED_S)
+    return {} if now is None else {"latency_s": now * expected / observed}
