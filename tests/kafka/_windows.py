@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,15 +52,15 @@ def line(event: Event) -> bytes:
 
 
 def put(
-    config: KafkaConfig, partition: int, values: Iterable[bytes], *, topic: str = CALLS, received_at: float | None = NOW,
-    headers: Sequence[tuple[str, bytes]] = (),
+    config: KafkaConfig, partition: int, values: Iterable[bytes | None], *, topic: str = CALLS, received_at: float | None = NOW,
+    headers: Sequence[tuple[str, bytes]] = (), keys: Sequence[bytes] = (),
 ) -> None:  # fmt: skip
     """Writes records to one partition, each acknowledged before the next call of this returns."""
     own = [] if received_at is None else [("received_at", str(received_at).encode())]
     producer = KafkaProducer(**config.for_kafka_python(), acks="all", enable_idempotence=True)
     try:
-        for v in values:
-            producer.send(config.topic(topic), v, partition=partition, headers=[*own, *headers])
+        for v, key in itertools.zip_longest(values, keys):
+            producer.send(config.topic(topic), v, key=key, partition=partition, headers=[*own, *headers])
         producer.flush(30.0)
     finally:
         producer.close()
@@ -76,11 +77,7 @@ def put_calls(
     for p in range(partitions):
         mine = those[p::partitions]
         some = [mine[i : i + a_record] for i in range(0, len(mine), a_record)]
-        for body in some[:1]:
-            put(config, p, [b"\n".join(map(line, body))], received_at=body[-1].at)
-        put(config, p, [b"\n".join(map(line, b)) for b in some[1:]], received_at=those[-1].at)
-    if until is not None:
-        end(config, partitions, until)
+        put(config, p, [b"\n".join(map(line, body)) for body in some], received_at=those[-1].at)
 
 
 def end(config: KafkaConfig, partitions: int, at: float = END) -> None:

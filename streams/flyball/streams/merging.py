@@ -174,7 +174,8 @@ class Merger:
             totals = source.totals | {k: totals[k] for k in more}
         elif portion.first > source.last:
             self.totals.update(totals)
-        # else a front that lost its state and reads again: what it counts of that was counted.
+        # else a front that lost its state and reads again. Where its portions straddle what was counted, that counts again:
+        # windows and single events are exact, these counters are not then.
         source.origin, source.totals = portion.origin, totals
 
     def _keep(self, name: str, partial: Partial) -> None:

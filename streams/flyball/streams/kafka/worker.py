@@ -60,8 +60,11 @@ class _Hosted(faust.Service):
     async def on_stop(self) -> None:
         self._stop.set()
         if self._task is not None:
-            await asyncio.wait([self._task], timeout=_STOP_S)
-            self._task.cancel()
+            _, late = await asyncio.wait([self._task], timeout=_STOP_S)
+            if late:
+                _log.warning("role.cancelled", role=self._name, after_s=_STOP_S)
+                self._task.cancel()
+                await asyncio.wait([self._task], timeout=_STOP_S)
 
 
 class Worker:
