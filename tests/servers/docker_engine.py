@@ -27,8 +27,12 @@ class Engine:
 
     @property
     def environ(self) -> dict[str, str]:
-        """What the docker command, compose and testcontainers read. The reaper of testcontainers is an image that has to be pulled."""
-        return {**os.environ, "DOCKER_HOST": self.host, "TESTCONTAINERS_RYUK_DISABLED": "true"}
+        """What the docker command, compose and testcontainers read.
+
+        The reaper of testcontainers is an image that has to be pulled; BuildKit is a part of its own that Debian does not bring.
+        """
+        ours = {"DOCKER_HOST": self.host, "DOCKER_BUILDKIT": "0", "TESTCONTAINERS_RYUK_DISABLED": "true"}
+        return os.environ | ours
 
     def docker(self, *words: str) -> str:
         done = subprocess.run(["docker", *words], env=self.environ, capture_output=True, text=True)
