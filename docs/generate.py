@@ -347,31 +347,44 @@ def metrics_page() -> str:
     import tempfile
 
     from flyball.app.clock import SystemClock
+    from flyball.app.control import CONTROL_FIGURES
     from flyball.app.embedded import Embedded
-    from flyball.app.http.kafka import IngestCollector
-    from flyball.app.kafka_ingest import KafkaIngest
+    from flyball.app.http.kafka import INGEST_FIGURES, KAFKA_FIGURES
+    from flyball.app.http.worker import WINDOWS_FIGURES
     from flyball.app.metrics import RuntimeCollector
     from flyball.app.wiring import lab_governor
-    from flyball.streams.kafka.config import KafkaConfig
 
     with tempfile.TemporaryDirectory() as folder:
         runtime = Embedded(lab_governor, Path(folder) / "db", SystemClock())
         decides = list(RuntimeCollector(runtime).collect())
-    takes = list(IngestCollector(KafkaIngest(KafkaConfig("kafka:9092"), SystemClock())).collect())
     lines = _page(
         "Metrics",
         "At `GET /metrics`, in the Prometheus text format. Worth an alert of your own: `flyball_lag_seconds` above 30,",
         "`flyball_disabled_detectors` above 0, `flyball_rejected_events_total` rising; `deploy/prometheus/alerts.yml` has more.",
     )
     lines += _metrics(decides)
-    lines += [
-        "## Ingest into Kafka",
-        "",
-        "Of `flyball run --kafka`, which decides nothing.",
-        "",
-        *_metrics(takes),
-    ]
+    for title, of, figures in (
+        ("Ingest into Kafka", "Of `flyball run --kafka`, which decides nothing, and of a standby.", INGEST_FIGURES),
+        ("Control on Kafka", "Of `flyball worker` with the role control, beside all at the top of this page.", (*KAFKA_FIGURES, *CONTROL_FIGURES)),
+        ("Windows on Kafka", "Of `flyball worker` with the role windows, beside those of its other roles.", WINDOWS_FIGURES),
+    ):  # fmt: skip
+        lines += [f"## {title}", "", of, "", *_figures(figures)]
     return _finish(lines)
+
+
+def _figures(figures: Iterable[Any]) -> list[str]:
+    return _table(
+        ("metric", "kind", "labels", "meaning"),
+        (
+            (
+                f"`{f.name}{'_total' if f.kind == 'counter' else ''}`",
+                f.kind,
+                f"`{f.label}`" if f.label else "",
+                f.text,
+            )
+            for f in figures
+        ),
+    )
 
 
 def _metrics(found: Iterable[Any]) -> list[str]:

@@ -285,7 +285,7 @@ def old_file(folder: Path) -> Path:
     path = folder / "flyball.sqlite3"
     with sqlite3.connect(path) as c:
         for statement in (
-            "drop table owner", "drop table offsets", "alter table ledger drop column owner",
+            "drop table owner", "drop table offsets", "drop table publications", "alter table ledger drop column owner",
             "alter table directives drop column owner", "update meta set value = '2' where key = 'schema'",
         ):  # fmt: skip
             c.execute(statement)

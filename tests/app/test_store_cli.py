@@ -31,9 +31,9 @@ def test_a_database_is_refused_until_it_is_migrated_and_then_runs(postgres: Post
     assert "`flyball database upgrade --database URL`" in error
     assert said("database", "current", FLYBALL_DATABASE=url)[:2] == (
         1,
-        "no tables of Flyball; this Flyball needs schema 3: `flyball database upgrade`",
+        "no tables of Flyball; this Flyball needs schema 4: `flyball database upgrade`",
     )
-    assert said("database", "upgrade", "--database", url)[:2] == (0, "tables made, schema 3")
+    assert said("database", "upgrade", "--database", url)[:2] == (0, "tables made, schema 4")
     with flyball(tmp_path, env={"FLYBALL_DATABASE": url}) as address:
         event = b'{"type": "llm_call", "at": 1790000000, "id": "a", "provider": "p", "model": "m"}\n'
         assert httpx.post(f"{address}/v1/events", content=event).json()["accepted"] == 1

@@ -23,19 +23,20 @@ from kafka import KafkaConsumer, TopicPartition
 
 from flyball.app.embedded import Embedded
 from flyball.app.kafka_ingest import KafkaIngest
+from flyball.app.kafka_windows import Decoder
 from flyball.app.pipeline import Pipeline
+from flyball.app.portions import PortionFeed
 from flyball.app.replay import Replay, Source
 from flyball.app.settings import Settings
 from flyball.app.store import store
 from flyball.app.wiring import make_formats, pipeline_config
-from flyball.app.worker import Control, decoder
 from flyball.app.writer import Limits
 from flyball.core.columns import Window
 from flyball.core.estate import Emissions
 from flyball.core.events import Batch, Event
 from flyball.streams.formats.native import NativeNdjson
 from flyball.streams.kafka.admin import create_topics, wanted
-from flyball.streams.kafka.client import TopicReader, Writer
+from flyball.streams.kafka.client import Writer
 from flyball.streams.kafka.config import KafkaConfig
 from flyball.streams.kafka.dead_letters import newest
 from flyball.streams.kafka.topics import TAKEN_IN
@@ -265,7 +266,7 @@ class OnKafka(Runtime):
     """`flyball run --kafka` and `flyball worker` with all its roles, but in this process."""
 
     name = "kafka"
-    _PACE = RoleSettings(cut_s=0.05, snapshot_s=0.5, quiet_s=0.1)
+    _PACE = RoleSettings(cut_s=0.05, snapshot_s=0.5, idle_s=0.1)
 
     def __init__(self, folder: Path, config: KafkaConfig) -> None:
         super().__init__(folder)
@@ -311,10 +312,10 @@ class OnKafka(Runtime):
         async def roles() -> None:
             self._stop = asyncio.Event()
             windows = WindowsRole(
-                self.config, decoder(_SETTINGS, make_formats(_SETTINGS, b"key of the tests")),
+                self.config, Decoder(_SETTINGS, make_formats(_SETTINGS, b"key of the tests")),
                 pipeline_config(_SETTINGS).windows, self._PACE,
             )  # fmt: skip
-            control = Control(self._runtime, TopicReader(self.config, "windows", "control"))
+            control = PortionFeed(self._runtime, self.config)
             self._tasks = [asyncio.ensure_future(r.run(self._stop)) for r in (windows, control)]
 
         self._on_loop(roles())

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 import structlog
 from sqlalchemy import Connection
@@ -30,11 +30,12 @@ from flyball.app.records import Append, Record, Work, record_of
 from flyball.app.store import acts, operations, outbox, store
 from flyball.app.store.database import Database, open_database
 from flyball.app.store.owner import DatabaseLost, Fenced
-from flyball.app.store.rows import Commit, DeadLetter, OutboxRow, Skipped, entry_of
+from flyball.app.store.rows import Commit, DeadLetter, OutboxRow, Publication, Skipped, entry_of
 from flyball.app.switchboard import Switchboard
 from flyball.app.writer import Limits, Overloaded, Retention, Stopped, Stored, Writer
+from flyball.core.anomaly import Anomaly
 from flyball.core.codec import SnapshotError, encode_events
-from flyball.core.directives import Intervention
+from flyball.core.directives import Intervention, LedgerEntry
 from flyball.core.errors import ConfigError
 from flyball.core.estate import Emissions
 from flyball.core.events import Batch, Event
@@ -46,6 +47,10 @@ from flyball.streams.portion import Portion
 
 __all__ = ["Embedded", "Figures", "Limits", "NoAlerts", "Overloaded", "Retention", "Stopped"]
 
+Publish: TypeAlias = Callable[
+    [Sequence[Anomaly], Sequence[IncidentChange], Sequence[LedgerEntry]], list[Publication]
+]
+"""What a record of the log led to → what of it is to be published."""
 T = TypeVar("T")
 _log = structlog.get_logger(__name__)
 _STAGE_EVENTS: Final = 20_000
@@ -108,6 +113,7 @@ class Embedded:
         clock: wall time.
         alerts: turns an incident's change into rows of the outbox.
         listener: hears what each record led to, on the stages thread, before it is stored; for watching, not for acting.
+        publish: what each record led to → what of it is to be published; stored in the same transaction.
         snapshot_every_s: seconds between snapshots; a restart re-reads at most that much of the log.
 
     Raises: ConfigError when the database cannot be written, is in use, or holds another schema; DatabaseLost when it does not answer.
@@ -121,6 +127,7 @@ class Embedded:
         *,
         alerts: Alerts | None = None,
         listener: Callable[[Emissions], None] = lambda _said: None,
+        publish: Publish | None = None,
         limits: Limits | None = None,
         retention: Retention | None = None,
         snapshot_every_s: float = 30.0,
@@ -133,7 +140,7 @@ class Embedded:
         self.pipeline = make_pipeline()
         self._figures = Figures.of(self.pipeline)
         self._alerts = alerts or NoAlerts()
-        self._listener = listener
+        self._listener, self._publish_what = listener, publish
         self._limits = limits or Limits()
         self._snapshot_every_s = snapshot_every_s
         self.database = open_database(where, synchronous) if isinstance(where, Path | str) else where
@@ -159,6 +166,8 @@ class Embedded:
         self._threads: list[threading.Thread] = []
         self.on_failure: Callable[[], None] = lambda: None
         """Called once, on the thread that failed."""
+        self.on_publications: Callable[[], None] = lambda: None
+        """Called on the writer's thread once more is stored that is to be published."""
         self.ready = False
 
     # --- life -----------------------------------------------------------------------------------------------------
@@ -351,6 +360,8 @@ class Embedded:
             for answer, said in commit.answers:
                 if answer.set_running_or_notify_cancel():
                     answer.set_result(said)
+        if any(c.publications for c in stored.commits):
+            self.on_publications()
         if stored.commits:
             with self._moved:
                 self._moved.notify_all()
@@ -426,8 +437,14 @@ class Embedded:
         self._listener(said)
         changes = [finite(c) for c in said.changes]
         commit.changes += changes
-        for item in (said.decisions, said.directives, said.outcomes, said.operations, said.people):
-            commit.entries += map(entry_of, item)
+        entries = [
+            entry_of(item)
+            for items in (said.decisions, said.directives, said.outcomes, said.operations, said.people)
+            for item in items
+        ]
+        commit.entries += entries
+        if self._publish_what is not None:
+            commit.publications += self._publish_what(said.anomalies, changes, entries)
         commit.directives += said.directives
         commit.operations += said.operations
         self._starts.update(o.id for o in said.operations if o.verb == "start")

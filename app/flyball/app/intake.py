@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from prometheus_client.registry import Collector
 
 from flyball.app.store.rows import DeadLetter
 from flyball.core.events import Event
 from flyball.core.ports import Clock
 
+E = TypeVar("E")
 E_contra = TypeVar("E_contra", contravariant=True)
 """What the edge makes of events before they are appended, in a thread where they are many: bytes of the log, lines of Kafka's records."""
 
@@ -35,3 +40,25 @@ class Intake(Protocol[E_contra]):
         dead: Sequence[DeadLetter] = (), patient: bool = True, body: E_contra | None = None,
     ) -> Future[int]:  # fmt: skip
         """`body`: the events as the edge encoded them, where it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Edge(Generic[E]):
+    """The way in of a process that has a runtime but does not append to its log, and what that adds to its pages.
+
+    Args:
+        encode: makes of events what the intake appends; called in any thread.
+        received: events that are in, by format.
+        rejected: events that could not be taken, by reason.
+        ready: whether events are taken.
+        status: what `GET /v1/status` shows beside the totals.
+        metrics: what `/metrics` shows beside those of the runtime.
+    """
+
+    intake: Intake[E]
+    encode: Callable[[list[Event]], E]
+    received: Counter[str]
+    rejected: Counter[str]
+    ready: Callable[[], bool]
+    status: Callable[[], dict[str, Any]]
+    metrics: Callable[[], Iterable[Collector]]

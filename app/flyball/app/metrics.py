@@ -2,32 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from flyball.app.embedded import Embedded
+from flyball.app.intake import Edge
+
+T = TypeVar("T")
 
 
-class RuntimeCollector:
-    """Everything that `/metrics` shows."""
+@dataclass(frozen=True, slots=True)
+class Figure(Generic[T]):
+    """One metric of a `T`. With a label, `read` gives a number for each of its values."""
 
-    def __init__(self, runtime: Embedded) -> None:
-        self._runtime = runtime
+    name: str
+    text: str
+    read: Callable[[T], Any]
+    kind: Literal["counter", "gauge"] = "counter"
+    label: str = ""
+
+
+class FigureCollector(Collector, Generic[T]):
+    """The metrics of one object, as a table says."""
+
+    def __init__(self, of: T, figures: Sequence[Figure[T]]) -> None:
+        self._of, self._figures = of, figures
+
+    def collect(self) -> Iterator[Metric]:
+        for f in self._figures:
+            found = f.read(self._of)
+            if f.label:
+                family = CounterMetricFamily if f.kind == "counter" else GaugeMetricFamily
+                metric = family(f.name, f.text, labels=[f.label])
+                for key, value in sorted(found.items()):
+                    metric.add_metric([key], float(value))
+                yield metric
+            elif f.kind == "gauge":
+                yield GaugeMetricFamily(f.name, f.text, value=float(found))
+            else:
+                yield CounterMetricFamily(f.name, f.text, value=float(found))
+
+
+class RuntimeCollector(Collector):
+    """Everything that `/metrics` shows.
+
+    Args:
+        edge: the way in, where that is not the runtime itself.
+    """
+
+    def __init__(self, runtime: Embedded, edge: Edge[Any] | None = None) -> None:
+        self._runtime, self._edge = runtime, edge
 
     def collect(self) -> Iterator[Metric]:
         r = self._runtime
         figures = r.figures
         c = figures.totals
+        received, rejected = r.received, r.rejected
+        if self._edge is not None:
+            received, rejected = received + self._edge.received, rejected + self._edge.rejected
         yield _counter(
-            "flyball_received_events", "Events decoded and appended, copies included.", "format", r.received
+            "flyball_received_events", "Events decoded and appended, copies included.", "format", received
         )
         yield _counter(
             "flyball_rejected_events",
             "Events that could not be taken; they are in the dead letters.",
             "reason",
-            r.rejected,
+            rejected,
         )
         yield _counter("flyball_events", "Events processed; each call counts once.", "type", c["events"])
         yield _counter("flyball_decisions", "Decisions about runbooks.", "decision", c["decisions"])
@@ -88,7 +133,13 @@ def _counter(
     return metric
 
 
-def exposition(runtime: Embedded) -> bytes:
+def exposition(runtime: Embedded, edge: Edge[Any] | None = None) -> bytes:
+    return page([RuntimeCollector(runtime, edge), *(edge.metrics() if edge is not None else ())])
+
+
+def page(collectors: Iterable[Collector]) -> bytes:
+    """The metrics of these, in the Prometheus text format."""
     registry = CollectorRegistry()
-    registry.register(RuntimeCollector(runtime))
+    for collector in collectors:
+        registry.register(collector)
     return generate_latest(registry)

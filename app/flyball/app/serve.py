@@ -12,15 +12,16 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import structlog
 import uvicorn
 
 from flyball.app.clock import SystemClock, monotonic
-from flyball.app.embedded import Embedded, Limits, Retention
+from flyball.app.embedded import Embedded, Limits, Publish, Retention
 from flyball.app.hooks import dispatching
 from flyball.app.http.server import create_app
+from flyball.app.intake import Intake
 from flyball.app.logs import configure_logging
 from flyball.app.notify import AlertRouter, notifications
 from flyball.app.reload import RunbookWatch
@@ -39,9 +40,12 @@ SWITCH_INTERVAL_S: Final = 0.002
 _log = structlog.get_logger(__name__)
 
 
-def make_runtime(settings: Settings, database: Database | None = None) -> Embedded:
+def make_runtime(
+    settings: Settings, database: Database | None = None, publish: Publish | None = None
+) -> Embedded:
     """Args:
         database: where this process owns it already.
+        publish: as of `Embedded`.
 
     Raises: ConfigError when a runbook, the data folder or the database is not as it should be; DatabaseLost when it does not answer.
     """
@@ -51,6 +55,7 @@ def make_runtime(settings: Settings, database: Database | None = None) -> Embedd
         database or database_of(settings),
         SystemClock(),
         alerts=AlertRouter(settings.notify),
+        publish=publish,
         limits=Limits(limits.pending_bytes, limits.backlog_bytes, limits.memory_events),
         retention=Retention(kept.log_s, kept.log_bytes, kept.dead_letters_s, kept.dead_letters_bytes),
         snapshot_every_s=settings.snapshot_every_s,
@@ -154,14 +159,19 @@ class Server(uvicorn.Server):
 class Background:
     """Ticks, retention, scrapes, runbooks, hooks and notifications beside the server.
 
-    `now` is the time of the next tick; None: what the clock says. `on_failure` is called when one of them ends by an error: `failure`. The process should then end too.
+    `on_failure` is called when one of them ends by an error: `failure`. The process should then end too.
+
+    Args:
+        now: the time of the next tick, None for none; default is what the clock says.
+        intake: where scrapes go to; default is the runtime.
     """
 
     def __init__(
         self, runtime: Embedded, settings: Settings, watch: RunbookWatch | None = None,
-        now: Callable[[], float | None] = lambda: None,
+        now: Callable[[], float | None] | None = None, intake: Intake[Any] | None = None,
     ) -> None:  # fmt: skip
-        self._runtime, self._settings, self._now = runtime, settings, now
+        self._runtime, self._settings = runtime, settings
+        self._now, self._intake = now or runtime.clock.now, intake or runtime
         self._watch = watch or RunbookWatch(runtime, settings)
         self.on_failure: Callable[[], None] = _nothing
         self.failure: BaseException | None = None
@@ -174,7 +184,7 @@ class Background:
             self._watch.run(),
             *notifications(self._runtime, self._settings),
             *dispatching(self._runtime, self._settings),
-            *scrapes(self._runtime, self._settings),
+            *scrapes(self._intake, self._settings),
         ]
         tasks = [asyncio.create_task(work) for work in works]
         for task in tasks:
@@ -197,8 +207,10 @@ class Background:
         rounds = 0
         while True:
             await asyncio.sleep(_TICK_S)
-            # An unanswered tick means that the writer is behind; more of them would only make it later.
-            await asyncio.wrap_future(self._runtime.tick(self._now()))
+            now = self._now()
+            if now is not None:
+                # An unanswered tick means that the writer is behind; more of them would only make it later.
+                await asyncio.wrap_future(self._runtime.tick(now))
             rounds += 1
             if rounds % int(_TRIM_S / _TICK_S) == 0:
                 self._runtime.trim()

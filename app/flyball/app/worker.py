@@ -1,7 +1,7 @@
 """`flyball worker`: roles on Kafka, from start to a stop that leaves the groups.
 
-`windows` shares the partitions of the source topics with all its like. `control` (with `detect`, see docs/adr/0005) is one at a time: it owns the
-database, reads `flyball.windows` from where the database says, and is otherwise `flyball run`: the same log, stages and HTTP interfaces.
+`windows` shares the partitions of the source topics with all its like. `control` (with `detect`, see docs/adr/0005) is one at a time, the others of
+its like stand by; see `control`.
 """
 
 from __future__ import annotations
@@ -13,32 +13,37 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Collection, Mapping
-from functools import partial
+from collections.abc import Collection, Iterable, Iterator
 from typing import Final
 
 import structlog
 import uvicorn
+from prometheus_client.registry import Collector
 
-from flyball.app.embedded import Embedded
-from flyball.app.http.server import create_app
+from flyball.app.clock import SystemClock
+from flyball.app.control import Control, look_before
+from flyball.app.http.worker import WINDOWS_FIGURES, Site, create_worker_app
+from flyball.app.kafka_ingest import KafkaIngest
+from flyball.app.kafka_windows import make_windows_role
 from flyball.app.logs import configure_logging
-from flyball.app.reload import RunbookWatch
-from flyball.app.serve import GRACE_S, SWITCH_INTERVAL_S, Background, Server, listen, make_runtime
+from flyball.app.metrics import FigureCollector
+from flyball.app.outputs import WRITTEN as PUBLISHED
+from flyball.app.serve import GRACE_S, SWITCH_INTERVAL_S, Server, listen
 from flyball.app.settings import Settings, unknown_variables
-from flyball.app.wiring import hash_key, make_formats, pipeline_config
-from flyball.core.errors import ConfigError, did_you_mean
-from flyball.core.ports import Decoded, Format
+from flyball.app.store.database import Database
+from flyball.app.wiring import hash_key, make_formats
+from flyball.app.writer import Limits
+from flyball.core.errors import ConfigError, FlyballError, did_you_mean
 from flyball.streams.kafka.admin import require_cluster, wanted
-from flyball.streams.kafka.client import TopicReader
-from flyball.streams.kafka.windows_role import Decode, WindowsRole
+from flyball.streams.kafka.client import KafkaError
+from flyball.streams.kafka.producer import WRITTEN as INGESTED
+from flyball.streams.kafka.topics import TAKEN_IN
+from flyball.streams.kafka.windows_role import WindowsRole
 from flyball.streams.kafka.worker import Role, Worker
-from flyball.streams.portion import PortionError, decode_portion
 
 ROLES: Final = ("windows", "detect", "control")
-_TOPICS: Final = ("llm-calls", "agent-steps", "gpu-samples", "changes", "windows", "state", "dead-letters")
-_MOST: Final = 500
-_COMMIT_S: Final = 5.0
+_WINDOWS: Final = (*TAKEN_IN, "windows", "state", "late", "dead-letters")
+_CONTROL: Final = (*INGESTED, "windows", *PUBLISHED)
 _log = structlog.get_logger(__name__)
 
 
@@ -52,160 +57,120 @@ def roles_of(text: str) -> frozenset[str]:
     for name in sorted(found - set(ROLES)):
         raise ConfigError(f"no role is {name!r}{did_you_mean(name, ROLES)}", where="roles")
     if "detect" in found and "control" not in found:
-        raise ConfigError("detect and control go together for now; write detect,control", where="roles")
+        raise ConfigError("detect and control go together; write detect,control", where="roles")
     return found or frozenset(ROLES)
 
 
 def work(settings: Settings, roles: Collection[str]) -> int:
     """Runs until SIGTERM or Ctrl-C. Returns the exit code.
 
-    Raises: ConfigError when the cluster, the database, the port or a runbook is not as it must be; Stuck.
+    Raises: ConfigError when the cluster, the database, the port or a runbook is not as it must be; DatabaseLost.
     """
     configure_logging()
+    # The client tells every failed connection, ten times a second while a broker is away; what it means is told by us, once.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     for told in unknown_variables(os.environ):
         _log.warning("variable.unknown", what=told)
-    for differs in require_cluster(settings.kafka.config(), wanted(settings.kafka.partitions, _TOPICS)):
-        _log.warning("kafka.differs", what=str(differs))
-    if "control" not in roles:
-        return asyncio.run(_work(settings, roles, None, None))
+    topics = {
+        *(_WINDOWS if "windows" in roles else ()),
+        *(_CONTROL if "control" in roles else ()),
+    }
     with listen(settings.host, settings.port) as listener:
-        runtime = make_runtime(settings)
-        runtime.start()
-        code = 1
-        try:
-            code = asyncio.run(_work(settings, roles, runtime, listener))
-        finally:
-            drained = runtime.stop()
-        if runtime.failure is not None:
-            print(f"flyball: stopped by {type(runtime.failure).__name__}: {runtime.failure}", file=sys.stderr)
-            return 1
-        return code if drained else 1
+        for differs in require_cluster(
+            settings.kafka.config(), wanted(settings.kafka.partitions, sorted(topics))
+        ):
+            _log.warning("kafka.differs", what=str(differs))
+        database = look_before(settings) if "control" in roles else None
+        return asyncio.run(_work(settings, roles, listener, database))
 
 
 async def _work(
-    settings: Settings, roles: Collection[str], runtime: Embedded | None, listener: socket.socket | None
+    settings: Settings, roles: Collection[str], listener: socket.socket, database: Database | None
 ) -> int:
     config = settings.kafka.config()
     formats = make_formats(settings, hash_key(settings))
     hosted: dict[str, Role] = {}
+    windows: WindowsRole | None = None
     if "windows" in roles:
-        windows = pipeline_config(settings).windows
-        hosted["windows"] = WindowsRole(config, decoder(settings, formats), windows).run
-    if runtime is not None and listener is not None:
-        control = Control(runtime, TopicReader(config, "windows", "control"))
-        hosted["http"] = partial(_serve, settings, runtime, formats, listener, control)
+        windows = make_windows_role(config, settings, formats)
+        hosted["windows"] = windows.run
+
+    def metrics() -> Iterable[Collector]:
+        return [] if windows is None else [FigureCollector(windows.figures(), WINDOWS_FIGURES)]
+
+    def joined() -> bool:
+        return windows is not None and windows.figures().rebalances > 0
+
+    control: Control | None = None
+    intake: KafkaIngest | None = None
+    site = Site(create_worker_app(settings, joined, metrics))
+    if "control" in roles:
+        intake = KafkaIngest(config, SystemClock(), Limits(settings.limits.pending_bytes))
+        control = Control(settings, intake, formats, site, database, metrics)
         hosted["control"] = control.run
+    serving = _Serving(site, listener, intake)
+    hosted["http"] = serving.run
     worker = Worker(config, hosted)
+    if intake is not None:
+        intake.on_failure(worker.stop)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, worker.stop)
-    if runtime is not None:
-        runtime.on_failure = worker.stop
-    _log.info("started", roles=sorted(roles), kafka=config.bootstrap)
-    await worker.run()
-    _log.info("stopped")
-    return 0
-
-
-async def _serve(
-    settings: Settings, runtime: Embedded, formats: Mapping[str, Format], listener: socket.socket, control: Control,
-    stop: asyncio.Event,
-) -> None:  # fmt: skip
-    watch = RunbookWatch(runtime, settings)
-    background = Background(runtime, settings, watch, control.now)
-    app = create_app(runtime, formats, settings, background.run, watch)
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=GRACE_S
-    )
-    server = _Quiet(config, runtime.board.close)
-    background.on_failure = partial(setattr, server, "should_exit", True)
-
-    async def end() -> None:
-        await stop.wait()
-        server.should_exit = True
-
-    ending = asyncio.create_task(end())
+    url = f"http://{settings.host}:{listener.getsockname()[1]}"
+    _log.info("started", url=url, roles=sorted(roles), kafka=config.bootstrap)
+    failure: BaseException | None = None
     try:
-        await server.serve(sockets=[listener])
-    finally:
-        ending.cancel()
-    if background.failure is not None:
-        raise background.failure
+        await worker.run()
+    except (FlyballError, KafkaError) as e:
+        failure = e
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # A second one ends the draining; what is in the log then waits for the next start.
+        loop.remove_signal_handler(number)
+    drained = await asyncio.to_thread(control.close) if control is not None else True
+    _log.info("stopped", drained=drained and serving.drained)
+    failure = (intake.failure if intake is not None else None) or failure
+    if failure is not None:
+        print(f"flyball: stopped by {type(failure).__name__}: {failure}", file=sys.stderr)
+        return 1
+    return 0 if drained and serving.drained else 1
+
+
+class _Serving:
+    """The server, and the way into Kafka that its ingest uses, for as long as it serves."""
+
+    def __init__(self, site: Site, listener: socket.socket, intake: KafkaIngest | None) -> None:
+        self._site, self._listener, self._intake = site, listener, intake
+        self.drained = True
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Raises: ConfigError when the brokers have gone since they were looked at."""
+        config = uvicorn.Config(
+            self._site, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE_S
+        )  # fmt: skip
+        server = _Quiet(config, lambda: self._site.closing())
+        if self._intake is not None:
+            await self._intake.start()
+        ending = asyncio.create_task(_end(stop, server))
+        try:
+            await server.serve(sockets=[self._listener])
+        finally:
+            ending.cancel()
+            if self._intake is not None:
+                self.drained = await self._intake.stop(GRACE_S)
+
+
+async def _end(stop: asyncio.Event, server: Server) -> None:
+    await stop.wait()
+    server.should_exit = True
 
 
 class _Quiet(Server):
     """Leaves signals to the worker: the roles stop together."""
 
     @contextlib.contextmanager
-    def capture_signals(self):  # type: ignore[no-untyped-def]
+    def capture_signals(self) -> Iterator[None]:
         yield
 
 
-class Control:
-    """Takes portions into the runtime's log, each with the offset that comes next, in one transaction."""
-
-    def __init__(self, runtime: Embedded, reader: TopicReader) -> None:
-        self._runtime, self._reader = runtime, reader
-        self.unreadable = 0
-        self._behind: float | None = None
-        """Newest arrival among what was read, while there is more to read."""
-
-    def now(self) -> float | None:
-        """What time it is for the stages: that of the portions as long as there is a backlog of them, so that going through it again
-        finds what it found; None (the clock's) once all is read."""
-        return self._behind
-
-    async def run(self, stop: asyncio.Event) -> None:
-        loop = asyncio.get_running_loop()
-        await self._reader.start(self._runtime.consumed(self._reader.topic))
-        commit_at = loop.time()
-        try:
-            while not stop.is_set():
-                found = await self._reader.read(_MOST, 0.2)
-                if not found:
-                    self._behind = None
-                for place, records in found.items():
-                    done = None
-                    for record in records:
-                        try:
-                            portion = decode_portion(record.value or b"")
-                        except PortionError as e:
-                            self.unreadable += 1
-                            _log.error(
-                                "portion.unreadable", place=str(place), offset=record.offset, why=str(e)
-                            )
-                            continue
-                        if portion.received_at is not None:
-                            self._behind = max(self._behind or 0.0, portion.received_at)
-                        done = self._runtime.take_portion(
-                            record.value or b"", portion, {(place.topic, place.partition): record.offset + 1}
-                        )
-                    if done is not None:
-                        # Not read further before this is durable: what waits in memory stays small.
-                        await asyncio.wrap_future(done)
-                    if loop.time() - commit_at > _COMMIT_S:
-                        commit_at = loop.time()
-                        await self._reader.commit({place: records[-1].offset + 1})
-        finally:
-            await self._reader.stop()
-
-
-def decoder(settings: Settings, formats: Mapping[str, Format]) -> Decode:
-    """How values of the topics are read: as a record's headers say, else as the settings do."""
-
-    def decode(topic: str, value: bytes, headers: Mapping[str, bytes]) -> Decoded:
-        content_type = headers.get("content-type", b"").decode("ascii", "replace")
-        kind = headers.get("flyball-format", b"").decode("ascii", "replace")
-        if not kind and "protobuf" in content_type:
-            kind = "otlp"
-        if not kind and content_type.startswith("application/x-ndjson"):
-            kind = "native"
-        kind = kind or settings.kafka.formats.get(topic, "native")
-        return formats[kind if kind in formats else "native"].decode(value, content_type)
-
-    return decode
-
-
-__all__ = ["ROLES", "decoder", "roles_of", "work"]
+__all__ = ["ROLES", "roles_of", "work"]

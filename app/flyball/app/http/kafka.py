@@ -5,12 +5,11 @@ With a database given, incidents and the ledger can be read here too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, FastAPI, HTTPException, Query, Request, Response
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from sqlalchemy import Connection
 
 from flyball.app import views
@@ -20,6 +19,7 @@ from flyball.app.http.auth import Auth
 from flyball.app.http.read import assemble_incident, assemble_status
 from flyball.app.http.server import Background, assemble
 from flyball.app.kafka_ingest import KafkaIngest
+from flyball.app.metrics import Figure, FigureCollector, page
 from flyball.app.settings import Settings
 from flyball.app.store import ledger, store
 from flyball.app.store.database import reading
@@ -43,39 +43,60 @@ def create_ingest_app(
     background: Background | None = None,
 ) -> FastAPI:
     auth = Auth(settings.tokens)
-    routers = [
-        ingest.router(ingest.Ingest(intake, intake.encode, formats, settings, auth)),
-        router(intake, auth),
-    ]
-    if database := settings.database.get_secret_value():
-        routers.append(beside(database, auth))
-    return assemble([*routers, elsewhere()], background)
+    shown = health(
+        auth,
+        lambda: intake.failure,
+        lambda: {"ready": intake.ready},
+        lambda: [FigureCollector(intake, INGEST_FIGURES)],
+        lambda: status(intake),
+    )
+    return assemble([*taking(intake, formats, settings, auth), shown, elsewhere()], background)
 
 
-def router(intake: KafkaIngest, auth: Auth) -> APIRouter:
+def taking(
+    intake: KafkaIngest, formats: Mapping[str, Format], settings: Settings, auth: Auth
+) -> list[APIRouter]:
+    """The ways in, and what can be read without owning the database."""
+    ways_in = ingest.router(ingest.Ingest(intake, intake.encode, formats, settings, auth))
+    database = settings.database.get_secret_value()
+    return [ways_in, beside(database, auth)] if database else [ways_in]
+
+
+def health(
+    auth: Auth,
+    failure: Callable[[], BaseException | None],
+    ready: Callable[[], dict[str, Any]],
+    metrics: Callable[[], Iterable[Collector]],
+    status: Callable[[], dict[str, Any]],
+) -> APIRouter:
+    """What every process shows of itself.
+
+    Args:
+        ready: what `/readyz` says; 503 unless its `ready` is true.
+    """
     r = APIRouter()
 
     @r.get("/healthz", summary="200 while the process works; 500 when a part of it has died")
     async def healthz() -> Response:
-        if intake.failure is not None:
-            return json_response({"status": "failed", "why": str(intake.failure)}, 500)
+        why = failure()
+        if why is not None:
+            return json_response({"status": "failed", "why": str(why)}, 500)
         return json_response({"status": "ok"})
 
-    @r.get("/readyz", summary="200 while events are taken: a broker answers")
+    @r.get("/readyz", summary="200 while this process does what it is there for")
     async def readyz() -> Response:
-        return json_response({"ready": intake.ready}, 200 if intake.ready else 503)
+        found = ready()
+        return json_response(found, 200 if found["ready"] else 503)
 
     @r.get("/metrics", summary="Prometheus metrics")
-    async def metrics(request: Request) -> Response:
+    async def get_metrics(request: Request) -> Response:
         auth.check(request, "read")
-        registry = CollectorRegistry()
-        registry.register(IngestCollector(intake))
-        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(page(metrics()), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @r.get("/v1/status", summary="Totals since the start of this process")
     async def get_status(request: Request) -> Response:
         auth.check(request, "read")
-        return json_response(status(intake))
+        return json_response(status())
 
     return r
 
@@ -145,65 +166,35 @@ def status(intake: KafkaIngest) -> dict[str, Any]:
     totals = assemble_status(
         {"events": dict(intake.events)}, dict(intake.rejected), {}, 0, 0.0, intake.pending_bytes, 0, 0, []
     )
+    return totals | {"role": "ingest", "ready": intake.ready, "kafka": written(intake)}
+
+
+def written(intake: KafkaIngest) -> dict[str, Any]:
+    """What was written to Kafka since the start of this process."""
     p = intake.producer
-    return totals | {
-        "role": "ingest",
-        "ready": intake.ready,
-        "kafka": {
-            "address": intake.config.bootstrap,
-            "reachable": p.reachable,
-            "records": p.acknowledged_records,
-            "bytes": p.acknowledged_bytes,
-            "pending_bytes": intake.pending_bytes,
-            "unacknowledged_bodies": intake.unacknowledged,
-        },
+    return {
+        "address": intake.config.bootstrap,
+        "reachable": p.reachable,
+        "records": p.acknowledged_records,
+        "bytes": p.acknowledged_bytes,
+        "pending_bytes": intake.pending_bytes,
+        "unacknowledged_bodies": intake.unacknowledged,
     }
 
 
-class IngestCollector:
-    """Everything that `/metrics` of such a process shows."""
+KAFKA_FIGURES: Final[tuple[Figure[KafkaIngest], ...]] = (
+    Figure("flyball_kafka_written_records", "Records that Kafka has acknowledged.", lambda i: i.producer.acknowledged_records),
+    Figure("flyball_kafka_written_bytes", "Their bytes before compression.", lambda i: i.producer.acknowledged_bytes),
+    Figure("flyball_kafka_refused_records", "Records that Kafka has refused.", lambda i: i.producer.refused_records),
+    Figure("flyball_kafka_unacknowledged_bodies", "Bodies whose senders were told that they were not acknowledged.", lambda i: i.unacknowledged),
+    Figure("flyball_kafka_reachable", "1 while a broker answers.", lambda i: i.producer.reachable, "gauge"),
+    Figure("flyball_kafka_pending_bytes", "Bytes of bodies that are being read or are not acknowledged.", lambda i: i.pending_bytes, "gauge"),
+)  # fmt: skip
+"""What ingest that writes to Kafka adds, wherever it is hosted."""
 
-    def __init__(self, intake: KafkaIngest) -> None:
-        self._intake = intake
-
-    def collect(self) -> Iterator[Metric]:
-        i, p = self._intake, self._intake.producer
-        for name, text, label, values in (
-            (
-                "flyball_received_events",
-                "Events that Kafka has acknowledged, copies included.",
-                "format",
-                i.received,
-            ),
-            (
-                "flyball_rejected_events",
-                "Events that could not be taken; they are in the dead letters.",
-                "reason",
-                i.rejected,
-            ),
-        ):
-            counter = CounterMetricFamily(name, text, labels=[label])
-            for key, value in sorted(values.items()):
-                counter.add_metric([key], float(value))
-            yield counter
-        for name, text, count in (
-            ("flyball_kafka_written_records", "Records that Kafka has acknowledged.", p.acknowledged_records),
-            ("flyball_kafka_written_bytes", "Their bytes before compression.", p.acknowledged_bytes),
-            ("flyball_kafka_refused_records", "Records that Kafka has refused.", p.refused_records),
-            (
-                "flyball_kafka_unacknowledged_bodies",
-                "Bodies whose senders were told that they were not acknowledged.",
-                i.unacknowledged,
-            ),
-        ):
-            plain = CounterMetricFamily(name, text)
-            plain.add_metric([], float(count))
-            yield plain
-        yield GaugeMetricFamily(
-            "flyball_kafka_reachable", "1 while a broker answers.", value=float(p.reachable)
-        )
-        yield GaugeMetricFamily(
-            "flyball_kafka_pending_bytes",
-            "Bytes of bodies that are being read or are not acknowledged.",
-            value=float(i.pending_bytes),
-        )
+INGEST_FIGURES: Final[tuple[Figure[KafkaIngest], ...]] = (
+    Figure("flyball_received_events", "Events that Kafka has acknowledged, copies included.", lambda i: i.received, label="format"),
+    Figure("flyball_rejected_events", "Events that could not be taken; they are in the dead letters.", lambda i: i.rejected, label="reason"),
+    *KAFKA_FIGURES,
+)  # fmt: skip
+"""Everything that `/metrics` of a process that only ingests shows."""

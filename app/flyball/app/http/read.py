@@ -14,6 +14,7 @@ from flyball.app import views
 from flyball.app.embedded import Embedded
 from flyball.app.http.answers import json_response
 from flyball.app.http.auth import Auth
+from flyball.app.intake import Edge
 from flyball.app.metrics import exposition
 from flyball.app.reload import RunbookWatch
 from flyball.app.store import acts, ledger, store
@@ -29,30 +30,38 @@ class EnforcedBody(BaseModel):
     )
 
 
-def status(runtime: Embedded, watch: RunbookWatch | None = None) -> dict[str, Any]:
+def status(
+    runtime: Embedded, watch: RunbookWatch | None = None, edge: Edge[Any] | None = None
+) -> dict[str, Any]:
     """The totals that `flyball status --json` and `GET /v1/status` show.
 
     Args:
         watch: of the runbooks' files, for what is wrong with them.
+        edge: the way in, where that is not the runtime itself.
     """
     with runtime.reader.connect() as c:
         incidents = store.incident_counts(c)
-    return assemble_status(
-        runtime.figures.totals,
-        dict(runtime.rejected),
-        incidents,
-        runtime.position,
-        *runtime.lag(),
-        len(runtime.board.read()[1]),
-        runtime.faults,
-        [s.scope for s in runtime.switchboard.stops.live.values()],
-    ) | {
-        "clock_skew": runtime.figures.clock_skew_s,
-        "ready": runtime.ready,
-        "waiting": len(runtime.figures.waiting),
-        "left_out_why": _newest_left_out(runtime),
-        "runbooks_refused": watch.refused if watch is not None else [],
-    }
+    rejected = runtime.rejected if edge is None else runtime.rejected + edge.rejected
+    return (
+        assemble_status(
+            runtime.figures.totals,
+            dict(rejected),
+            incidents,
+            runtime.position,
+            *runtime.lag(),
+            len(runtime.board.read()[1]),
+            runtime.faults,
+            [s.scope for s in runtime.switchboard.stops.live.values()],
+        )
+        | {
+            "clock_skew": runtime.figures.clock_skew_s,
+            "ready": runtime.ready,
+            "waiting": len(runtime.figures.waiting),
+            "left_out_why": _newest_left_out(runtime),
+            "runbooks_refused": watch.refused if watch is not None else [],
+        }
+        | (edge.status() if edge is not None else {})
+    )
 
 
 def _newest_left_out(runtime: Embedded) -> str:
@@ -103,7 +112,9 @@ def assemble_incident(c: Connection, incident_id: str) -> dict[str, Any] | None:
     return views.incident(found) | {"history": history, "ledger": entries}
 
 
-def router(runtime: Embedded, auth: Auth, watch: RunbookWatch | None = None) -> APIRouter:
+def router(
+    runtime: Embedded, auth: Auth, watch: RunbookWatch | None = None, edge: Edge[Any] | None = None
+) -> APIRouter:
     r = APIRouter()
 
     @r.get("/healthz", summary="200 while the process works; 500 when a thread of it has died")
@@ -114,17 +125,18 @@ def router(runtime: Embedded, auth: Auth, watch: RunbookWatch | None = None) -> 
 
     @r.get("/readyz", summary="200 while events are taken")
     async def readyz() -> Response:
-        return json_response({"ready": runtime.ready}, 200 if runtime.ready else 503)
+        ready = runtime.ready and (edge is None or edge.ready())
+        return json_response({"ready": ready}, 200 if ready else 503)
 
     @r.get("/metrics", summary="Prometheus metrics")
-    def metrics(request: Request) -> Response:
+    async def metrics(request: Request) -> Response:  # from memory, and of roles that live on this loop
         auth.check(request, "read")
-        return Response(exposition(runtime), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(exposition(runtime, edge), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @r.get("/v1/status", summary="Totals since the beginning")
     def get_status(request: Request) -> Response:
         auth.check(request, "read")
-        return json_response(status(runtime, watch))
+        return json_response(status(runtime, watch, edge))
 
     @r.get("/v1/incidents", summary="Incidents, newest first")
     def incidents(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Final
+from typing import Any, Final
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -17,6 +17,7 @@ from flyball.app.http import act, hooks, ingest, read, slack
 from flyball.app.http.answers import json_response
 from flyball.app.http.auth import Auth
 from flyball.app.http.body import BodyError
+from flyball.app.intake import Edge
 from flyball.app.reload import RunbookWatch
 from flyball.app.settings import Settings
 from flyball.core.codec import encode_events
@@ -32,20 +33,26 @@ _SMALL_BODY: Final = 1 << 20
 
 def create_app(
     runtime: Embedded, formats: Mapping[str, Format], settings: Settings, background: Background | None = None,
-    watch: RunbookWatch | None = None,
+    watch: RunbookWatch | None = None, edge: Edge[Any] | None = None,
 ) -> FastAPI:  # fmt: skip
     """Of a process that holds the database.
 
     Args:
-    watch: of the files with runbooks, for what is wrong with them.
-    background: what runs beside the server (ticks, scrapes, notifications) for as long as it is entered.
+        watch: of the files with runbooks, for what is wrong with them.
+        background: what runs beside the server (ticks, scrapes, notifications) for as long as it is entered.
+        edge: where telemetry goes to; None: into the runtime's own log.
     """
     auth = Auth(settings.tokens)
     watch = watch or RunbookWatch(runtime, settings)
+    way_in: ingest.Ingest[Any] = (
+        ingest.Ingest(runtime, encode_events, formats, settings, auth)
+        if edge is None
+        else ingest.Ingest(edge.intake, edge.encode, formats, settings, auth)
+    )
     return assemble(
         [
-            ingest.router(ingest.Ingest(runtime, encode_events, formats, settings, auth)),
-            read.router(runtime, auth, watch),
+            ingest.router(way_in),
+            read.router(runtime, auth, watch, edge),
             act.router(runtime, auth, watch),
             hooks.router(runtime, settings),
             slack.router(runtime, settings),

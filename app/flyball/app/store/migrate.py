@@ -62,8 +62,8 @@ def _run(c: Connection) -> None:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     config.attributes["connection"] = c
-    if schema_of(c) == OLDEST_SCHEMA and not inspect(c).has_table("alembic_version"):
-        command.stamp(config, OLDEST_SCHEMA)  # an SQLite file that Flyball itself made
+    if (found := schema_of(c)) and not inspect(c).has_table("alembic_version"):
+        command.stamp(config, found)  # an SQLite file that Flyball itself made
     command.upgrade(config, "head")
 
 

@@ -84,6 +84,17 @@ class OutboxRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Publication:
+    """One record of an output topic. `id` is the same in every replay: who reads the topic knows a repetition by it."""
+
+    topic: str
+    """Without prefix."""
+    key: str
+    id: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Skipped:
     """A record of the log that made a stage raise. It is left out, now and whenever the log is read again."""
 
@@ -106,6 +117,7 @@ class Commit:
     directives: list[DirectiveChange] = field(default_factory=list)
     outbox: list[OutboxRow] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
+    publications: list[Publication] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     snapshot: bytes | None = None
     counters: dict[str, Any] | None = None

@@ -22,7 +22,7 @@ from flyball.app.store.owner import NeedsUpgrade, holder, take_over
 from flyball.app.store.tables import meta, metadata
 from flyball.core.errors import ConfigError
 
-SCHEMA_VERSION: Final = "3"
+SCHEMA_VERSION: Final = "4"
 OLDEST_SCHEMA: Final = "2"
 """From here on a database can be migrated."""
 WAL_RESET_FAULT_FIXED: Final = (3, 51, 3)
@@ -87,7 +87,7 @@ def _refuse_others(connection: Connection, path: Path) -> None:
     found = schema_of(connection)
     if found in ("", SCHEMA_VERSION):
         return
-    if found == OLDEST_SCHEMA:
+    if found.isdecimal() and int(OLDEST_SCHEMA) <= int(found) < int(SCHEMA_VERSION):
         raise NeedsUpgrade(
             f"is of schema {found}, this Flyball needs {SCHEMA_VERSION}; make a copy, then say "
             f"`flyball database upgrade --data {path.parent}`",

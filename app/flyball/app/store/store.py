@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Engine, delete, func, insert, select
 
+from flyball.app.store import publications
 from flyball.app.store.acts import put_directive, put_skipped
 from flyball.app.store.dialects import upsert
 from flyball.app.store.ledger import put_entry
@@ -77,6 +78,7 @@ def apply_commit(
         put_outbox(c, row)
     for operation in commit.operations:
         put_operation(c, operation)
+    publications.put(c, commit.publications, owner)
     put_skipped(c, commit.skipped)
     if commit.snapshot is not None:
         c.execute(

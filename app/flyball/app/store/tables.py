@@ -15,7 +15,7 @@ log = Table(
     "log",
     metadata,
     Column("id", whole(), primary_key=True, autoincrement=False),
-    Column("kind", words(), nullable=False),  # events, tick, order
+    Column("kind", words(), nullable=False),  # events, portion, tick, order
     Column("received_at", Float, nullable=False),
     Column("sender", words(), nullable=False),
     Column("n", Integer, nullable=False),
@@ -167,4 +167,15 @@ offsets = Table(
     Column("source", words(), primary_key=True),
     Column("partition", Integer, primary_key=True, autoincrement=False),
     Column("next_offset", whole(), nullable=False),
+)
+
+publications = Table(
+    "publications",
+    metadata,
+    Column("seq", whole(), primary_key=True),
+    Column("topic", words(), nullable=False),  # without prefix
+    Column("key", words(), nullable=False),
+    Column("id", words(), nullable=False),  # the same in every replay
+    Column("owner", whole(), nullable=False),  # epoch of the Flyball that stored it
+    Column("body", LargeBinary, nullable=False),
 )
