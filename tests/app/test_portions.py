@@ -16,12 +16,14 @@ from flyball.app.records import record_of
 from flyball.app.store import store
 from flyball.core.columns import Window
 from flyball.core.directives import Directive
+from flyball.core.entities import Entity
 from flyball.core.estate import Emissions
 from flyball.core.events import AgentStep, Batch, Event
+from flyball.core.incident import Severity, State
 from flyball.lab import Lab
 from flyball.streams.front import Front
 from flyball.streams.kafka.partition import Router
-from flyball.streams.portion import Portion, decode_portion, encode_portion
+from flyball.streams.portion import Halt, Portion, decode_portion, encode_portion
 from tests.app._runtime import NOW, calls, make_pipeline, outage, started
 
 PARTITIONS = {"llm-calls": 8, "agent-steps": 4, "gpu-samples": 4, "changes": 1}
@@ -267,3 +269,42 @@ def test_the_log_takes_a_portion_and_how_far_its_topic_was_read_in_one(tmp_path:
         assert before["windows"] == 1
         payloads = [record_of(row).payload for row in store.iter_log(runtime.reader, 0, runtime.appended)]
         assert [p.source for p in payloads if isinstance(p, Portion)] == ["llm-calls/0"] * 2
+
+
+def test_a_source_that_stands_is_one_incident_about_flyball_itself_until_it_goes_well() -> None:
+    pipeline = make_pipeline()
+    fronts = [Front(f"llm-calls/{p}", pipeline.config.windows) for p in range(2)]
+    halt = Halt(NOW + 5.0, 17, "json", 80, 100, 0.5)
+    opened: list[Any] = []
+
+    def step(second: float) -> None:
+        nonlocal pipeline
+        for p, front in enumerate(fronts):
+            portion = sent(front, calls(2, NOW + second, prefix=f"{p}-{second}"))
+            opened.extend(pipeline.feed_portion(portion, NOW + second).changes)
+        opened.extend(pipeline.tick(NOW + second).changes)
+        state = pipeline.snapshot()
+        pipeline = make_pipeline()
+        pipeline.restore(state)
+
+    step(0.0)
+    fronts[0].halt = halt
+    step(10.0)
+    (told,) = opened
+    assert (told.incident.root, told.incident.signal) == (Entity("stream", "flyball"), "stream.poison")
+    assert told.incident.severity is Severity.MEDIUM
+    assert told.incident.evidence["source"] == "llm-calls/0"
+    assert told.incident.evidence["record"] == 17
+    fronts[1].halt = halt
+    for second in range(20, 200, 10):
+        step(float(second))
+    fronts[0].halt = None
+    for second in range(200, 400, 10):
+        step(float(second))
+    assert len({c.incident.id for c in opened}) == 1
+    assert opened[-1].incident.state is not State.RESOLVED, "one of the two still stands"
+    fronts[1].halt = None
+    for second in range(400, 500, 10):
+        step(float(second))
+    assert len({c.incident.id for c in opened}) == 1
+    assert opened[-1].incident.state is State.RESOLVED

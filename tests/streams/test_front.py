@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from flyball.core.codec import SnapshotError
 from flyball.core.events import AgentStep, Batch, Change, Evaluation, Event, GpuSample, LlmCall
 from flyball.streams.front import Front
-from flyball.streams.portion import Portion, encode_portion
+from flyball.streams.portion import Halt, Portion, decode_portion, encode_portion
 from flyball.streams.windows import WindowSettings
 from tests.streams.test_windows_properties import calls
 
@@ -126,6 +126,38 @@ def test_late_calls_are_counted_and_hold_nothing_back() -> None:
     fed(front, call(1001.0), call(1013.0))
     assert fed(front, call(1002.0)).totals["late"] == 1
     assert front.needed_from == 1
+
+
+def test_late_calls_are_known_by_their_place_and_by_how_late_they_were() -> None:
+    front = Front("t/0", SMALL)
+    fed(front, call(1001.0), call(1013.0), call(1013.5))
+    # One record holds a change, a copy, a late call and one in time; another the next late one.
+    late, later = call(1002.0, "late"), call(1009.5, "later", run="r")
+    events: list[Event] = [Change(at=1002.0, kind="deploy"), call(1013.5), late, call(1014.0), later]
+    front.feed(Batch(events=events), np.array([7, 7, 7, 7, 9]), 9)
+    assert [(x.offset, x.index, x.event, x.behind_s) for x in front.late] == [
+        (7, 2, late, 1011.5 - 1002.0), (9, 0, later, 1011.5 - 1009.5),
+    ]  # fmt: skip
+    fed(front, call(1015.0))
+    assert front.late == []
+
+
+def test_that_a_source_stands_is_told_until_it_is_over_and_survives_a_restart() -> None:
+    front = Front("t/0", SMALL)
+    fed(front, call(1001.0))
+    front.halt = halt = Halt(5.0, 1, "json", 8, 10, 0.5)
+    told = front.cut()
+    assert told is not None
+    assert (told.halt, told.first, told.last) == (halt, 1, 0)
+    assert decode_portion(encode_portion(told)).halt == halt
+    assert front.cut() is None, "told once"
+    again = Front("t/0", SMALL)
+    again.restore(front.snapshot())
+    assert (again.cut(), again.halt) == (None, halt)
+    again.halt = None
+    over = again.cut()
+    assert over is not None
+    assert over.halt is None
 
 
 def test_records_without_events_count_as_read() -> None:

@@ -18,8 +18,9 @@ from typing import Any, cast
 import msgspec
 import structlog
 
-from flyball.app.orders import Command, Fault, Order, RunbookTexts
-from flyball.core.anomaly import Anomaly, anomaly_id
+from flyball.app.orders import Command, Order, RunbookTexts
+from flyball.app.own_faults import own_fault, standing
+from flyball.core.anomaly import Anomaly
 from flyball.core.codec import pack_state, unpack_state
 from flyball.core.columns import Window
 from flyball.core.directives import (
@@ -55,11 +56,13 @@ from flyball.runbooks.loader import RunbookSet
 from flyball.runbooks.planner import Planner
 from flyball.streams.dedup import Deduplicator
 from flyball.streams.merging import STALL_S, Merged, Merger
-from flyball.streams.portion import Halt, Portion
+from flyball.streams.portion import Portion
 from flyball.streams.windows import Windows, WindowSettings, WindowStats
 
 _log = structlog.get_logger(__name__)
 _STATE_VERSION = 1
+_AGAIN_S = 20.0
+"""How often it is said again that a source still stands: what is not said again is taken to be over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,7 @@ class Pipeline:
         self.stage_seconds: defaultdict[str, float] = defaultdict(float)
         self.disabled: dict[str, str] = {}
         self._now = 0.0
+        self._halts_told_at = 0.0
         self._texts: RunbookTexts | None = None
         self._timer = timer
         self._dedup = Deduplicator()
@@ -178,7 +182,11 @@ class Pipeline:
         self._now = max(self._now, min(told, at))
         before, stood = merger.totals.copy(), merger.halts.get(portion.source)
         self._take_merged(self._timed("merge", merger.feed, portion, at), out)
-        self._correlate(_halted(portion.source, stood, merger.halts.get(portion.source), self._now), out)
+        stands = merger.halts.get(portion.source)
+        if stood is None and stands is not None:
+            self._correlate([standing(portion.source, stands, self._now, "on")], out)
+        elif stood is not None and stands is None:
+            self._correlate([standing(portion.source, stood, self._now, "off")], out)
         for kind in TYPE_NAMES.values():
             if n := merger.totals[kind] - before[kind]:
                 self.counters.events[kind] += n
@@ -190,6 +198,12 @@ class Pipeline:
                 self._close(item, out)
             else:
                 self._judge_events(item, Counter(map(type, item.events)), out)
+
+    def _still_halted(self, now: float) -> list[Anomaly]:
+        if self._merger is None or not self._merger.halts or now - self._halts_told_at < _AGAIN_S:
+            return []
+        self._halts_told_at = now
+        return [standing(source, halt, now, "still") for source, halt in sorted(self._merger.halts.items())]
 
     def _new_merger(self) -> Merger:
         return Merger(self.config.windows, stall_s=self.config.stall_s)
@@ -207,7 +221,7 @@ class Pipeline:
             anomalies += self._guarded(event_detector.kind, event_detector.tick, now)
         for window_detector in self._on_windows:
             anomalies += self._guarded(window_detector.kind, window_detector.tick, now)
-        self._correlate(self._cooldown.feed(anomalies), out)
+        self._correlate([*self._cooldown.feed(anomalies), *self._still_halted(now)], out)
         changes = list(self._timed("correlate", self._correlator.tick, now))
         out.changes += changes
         self._act(changes, out, ticking=True)
@@ -239,7 +253,7 @@ class Pipeline:
         elif isinstance(order, RunbookTexts):
             self._exchange(order, out)
         else:
-            self._correlate([_own_fault(order)], out)
+            self._correlate([own_fault(order)], out)
         return self._counted(out)
 
     def enforced(self, report: Enforced) -> Emissions:
@@ -308,6 +322,7 @@ class Pipeline:
             "counters": self.counters.as_dict(),
             "disabled": self.disabled,
             "now": self._now,
+            "halts_told_at": self._halts_told_at,
             "runbooks": self._texts,
             "stages": {name: stage.snapshot() for name, stage in self._stages()},
         }
@@ -319,6 +334,7 @@ class Pipeline:
         self.counters = Counters.from_dict(state["counters"])
         self.disabled = dict(state["disabled"])
         self._now = state["now"]
+        self._halts_told_at = state.get("halts_told_at", 0.0)
         if state["runbooks"] is not None:
             self._reload(msgspec.convert(state["runbooks"], RunbookTexts))
         saved = state["stages"]
@@ -562,33 +578,6 @@ class Pipeline:
                 at=f"{where.filename}:{where.lineno}",
             )
             return ()
-
-
-def _own_fault(fault: Fault) -> Anomaly:
-    """What Flyball says about itself when it had to leave out a record."""
-    labels = {"sender": "flyball"}
-    return Anomaly(
-        id=anomaly_id("flyball", "stream.poison", "fault", labels, fault.at), detector="flyball", signal="stream.poison",
-        klass="fault", labels=labels, at=fault.at, since=fault.at, observed=1.0, threshold=1.0, score=1.0, n=1, unit="records",
-        evidence={"record": fault.position, "kind": fault.kind, "reason": fault.reason},
-    )  # fmt: skip
-
-
-def _halted(source: str, before: Halt | None, now: Halt | None, at: float) -> list[Anomaly]:
-    """What Flyball says about itself when a source of portions came to stand, and when it goes well again."""
-    if (before is None) == (now is None):
-        return []
-    halt = now or before
-    assert halt is not None
-    return [
-        Anomaly(
-            id=anomaly_id("flyball", "stream.poison", "stands", {"source": source}, halt.at), detector="flyball",
-            signal="stream.poison", klass="stands", labels={"sender": "flyball"}, at=at, since=min(halt.at, at),
-            phase="off" if now is None else "on", observed=halt.share, expected=0.0, threshold=halt.limit, score=halt.share,
-            n=halt.of, unit="ratio", impact=halt.share if now is not None else 0.0,
-            evidence={"source": source, "record": halt.offset, "reason": halt.reason, "bad": halt.bad, "of": halt.of},
-        )
-    ]  # fmt: skip
 
 
 def is_page(change: IncidentChange) -> bool:
