@@ -170,6 +170,11 @@ class KafkaSettings(BaseModel):
         "flyball.",
         description="What the names of all topics begin with; two Flyballs on one cluster need two.",
     )
+    groups: str = Field(
+        "",
+        description="What the names of the consumer groups begin with; empty means as `prefix`. With another one, workers read all topics again "
+        "from their start; what the database knows already counts and acts no second time.",
+    )
     partitions: int = Field(
         8,
         ge=1,
@@ -249,6 +254,7 @@ class KafkaSettings(BaseModel):
             sasl_password=self.sasl_password.get_secret_value(),
             ca_file=str(self.ca_file or ""),
             prefix=self.prefix,
+            groups=self.groups,
         )
 
 

@@ -29,6 +29,8 @@ class KafkaConfig:
         ca_file: PEM file with the authorities to trust; empty means those of the system. Only for SSL.
         prefix: what every topic name begins with, so that several Flyballs can share a cluster; groups and
             client names take it over with a dash in place of the last dot.
+        groups: what the names of consumer groups begin with; empty means as `prefix` says. Another one reads the topics
+            from their start, and has snapshots of its own.
 
     Raises: ConfigError, one for all that is wrong.
 
@@ -49,6 +51,7 @@ sasl_mechanism is set, but security_protocol is PLAINTEXT; set it to SASL_SSL or
     ca_file: str = ""
     prefix: str = "flyball."
     client_id: str = "flyball"
+    groups: str = ""
 
     def __post_init__(self) -> None:
         wrong = [*self._wrong_addresses(), *self._wrong_security(), *self._wrong_names()]
@@ -73,7 +76,7 @@ sasl_mechanism is set, but security_protocol is PLAINTEXT; set it to SASL_SSL or
 
     def group(self, role: str) -> str:
         """Name of the consumer group of a role: `flyball-windows`."""
-        return f"{self.prefix.rstrip('.-_') or 'flyball'}-{role}"
+        return f"{self.groups or self.prefix.rstrip('.-_') or 'flyball'}-{role}"
 
     def for_aiokafka(self) -> dict[str, Any]:
         """Keyword arguments of `AIOKafkaConsumer` and `AIOKafkaProducer`."""
@@ -186,8 +189,8 @@ sasl_mechanism is set, but security_protocol is PLAINTEXT; set it to SASL_SSL or
         return wrong
 
     def _wrong_names(self) -> list[str]:
-        if _TOPIC_PART.fullmatch(self.prefix):
-            return []
         return [
-            f"prefix {self.prefix!r} cannot stand in a topic's name; use letters, digits, '.', '_' and '-'"
+            f"{name} {value!r} cannot stand in a {what}'s name; use letters, digits, '.', '_' and '-'"
+            for name, value, what in (("prefix", self.prefix, "topic"), ("groups", self.groups, "group"))
+            if not _TOPIC_PART.fullmatch(value)
         ]

@@ -62,14 +62,14 @@ class Snapshots:
 
     def _whole(self, place: Place, newest: dict[str, bytes | None]) -> bytes | None:
         for slot in (0, 1):
-            prefix = f"{place}#{slot}."
+            prefix = f"{self._name(place)}#{slot}."
             standing = [
                 int(k.removeprefix(prefix))
                 for k, v in newest.items()
                 if v is not None and k.startswith(prefix)
             ]
             self._chunks[place, slot] = max(standing, default=-1) + 1
-        raw = newest.get(str(place))
+        raw = newest.get(self._name(place))
         if raw is None:
             return None
         try:
@@ -78,7 +78,7 @@ class Snapshots:
             _log.warning("state.unreadable", partition=str(place), why=f"not a mark: {e}")
             return None
         self._slots[place] = mark.slot
-        state = b"".join(newest.get(f"{place}#{mark.slot}.{k}") or b"" for k in range(mark.chunks))
+        state = b"".join(newest.get(f"{self._name(place)}#{mark.slot}.{k}") or b"" for k in range(mark.chunks))
         if zlib.crc32(state) != mark.checksum:
             _log.warning("state.unreadable", partition=str(place), why="pieces of it are missing or damaged")
             return None
@@ -91,19 +91,23 @@ class Snapshots:
         chunks = [state[i : i + _CHUNK] for i in range(0, len(state), _CHUNK)]
         had = self._chunks.get((place, slot), 0)
         sent = [
-            await self._writer.send(TOPIC, chunk, key=f"{place}#{slot}.{k}".encode(), partition=which)
+            await self._writer.send(TOPIC, chunk, key=f"{self._name(place)}#{slot}.{k}".encode(), partition=which)
             for k, chunk in enumerate(chunks)
         ]
         # Removed before the mark: what is left of a longer one would stay for ever.
         sent += [
-            await self._writer.send(TOPIC, None, key=f"{place}#{slot}.{k}".encode(), partition=which)
+            await self._writer.send(TOPIC, None, key=f"{self._name(place)}#{slot}.{k}".encode(), partition=which)
             for k in range(len(chunks), had)
         ]
         mark = msgspec.msgpack.encode(_Mark(slot, len(chunks), last, zlib.crc32(state)))
         # In the same partition, whose order an idempotent producer keeps: the mark is never there without the rest.
-        sent.append(await self._writer.send(TOPIC, mark, key=str(place).encode(), partition=which))
+        sent.append(await self._writer.send(TOPIC, mark, key=self._name(place).encode(), partition=which))
         self._slots[place], self._chunks[place, slot] = slot, len(chunks)
         return sent
+
+    def _name(self, place: Place) -> str:
+        """Other groups have snapshots of their own: a new one begins at the topics' start."""
+        return f"{self._config.groups}:{place}" if self._config.groups else str(place)
 
     def _partition(self, place: Place) -> int:
         return place.partition % self._partitions
