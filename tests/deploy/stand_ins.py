@@ -65,7 +65,7 @@ _KAFKA_LOGGING: Final = "Configuration:\n  Appenders: {}\n  Loggers:\n    Root:\
 
 _POSTGRES: Final = f"""
 FROM {_BASE}
-RUN ln -s /usr/lib/postgresql/*/bin/* /usr/local/bin/ && mkdir -p /var/lib/postgresql/data && chown postgres /var/lib/postgresql/data
+RUN ln -s /usr/lib/postgresql/*/bin/* /usr/local/bin/ && mkdir -p /var/lib/postgresql/data && chown postgres /var/lib/postgresql/data && chmod 3777 /run/postgresql
 COPY run.sh /run.sh
 VOLUME /var/lib/postgresql/data
 ENTRYPOINT ["/bin/bash", "/run.sh"]
