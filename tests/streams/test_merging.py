@@ -216,10 +216,16 @@ def call(at: float, k: int = 0, **more: Any) -> LlmCall:
     return LlmCall(at=at, id=f"{at}-{k}", provider="p", **more)
 
 
-def told(front: Front, *events: Event, quiet: bool = False, sources: Sequence[str] = ()) -> Portion:
+def told(
+    front: Front,
+    *events: Event,
+    quiet: bool = False,
+    sources: Sequence[str] = (),
+    still: dict[str, float] | None = None,
+) -> Portion:
     first = front.last + 1
     front.feed(Batch(events=list(events)), np.arange(first, first + len(events)), first + len(events) - 1)
-    portion = front.cut(quiet=quiet, sources=sources)
+    portion = front.cut(quiet=quiet, sources=sources, still=still)
     assert portion is not None
     return portion
 
@@ -265,6 +271,50 @@ def test_a_source_that_is_expected_but_silent_is_waited_for_until_it_counts_as_s
     assert merger.feed(told(a, call(1001.0), call(1013.0), sources=BOTH), 100.0) == []
     assert merger.tick(129.0) == []
     assert [type(x) for x in merger.feed(told(a, call(1014.0)), 131.0)] == [Window]
+
+
+def test_when_nobody_was_at_work_nobody_counts_as_stalled() -> None:
+    a, b, merger = two()
+    merger.feed(told(b, call(1000.5), sources=BOTH), 0.0)
+    merger.feed(told(a, call(1001.0), still={}), 1.0)
+    # All workers, or the brokers, are down for a minute; who reads `a` is back first.
+    assert merger.tick(61.0) == []
+    assert merger.feed(told(a, call(1061.0), sources=BOTH, still={}), 62.0) == []
+    out = merger.feed(told(b, call(1013.0), call(1061.0), sources=BOTH), 63.0)
+    assert [w.cells.calls.sum() for w in out if isinstance(w, Window)] == [2, 1]
+    assert merger.late == 0
+
+
+def test_a_source_that_stands_still_while_others_are_at_work_is_passed_over_also_when_they_have_nothing() -> (
+    None
+):
+    a, b, merger = two()
+    merger.feed(told(b, call(1000.5), sources=BOTH), 0.0)
+    assert merger.feed(told(a, call(1001.0), call(1013.0)), 1.0) == []
+    found = [w for at in range(2, 32) for w in merger.feed(told(a, still={}), float(at))]
+    assert len(found) == 1
+
+
+def test_what_comes_to_an_idle_source_while_nobody_reads_it_is_waited_for() -> None:
+    a, b, merger = two()
+    merger.feed(told(b, quiet=True, sources=BOTH), 1000.0)
+    assert merger.feed(told(a, call(1001.0), still={"b": 1002.0}), 1002.0) == []
+    # Then its worker dies, and something comes that is read only when another has taken over.
+    assert merger.feed(told(a, call(1013.0), still={}), 1014.0) == []
+    out = merger.feed(told(b, call(1005.0), call(1013.5), sources=BOTH), 1015.0)
+    assert [w.cells.calls.sum() for w in out if isinstance(w, Window)] == [2]
+    assert merger.late == 0
+
+
+def test_the_word_that_an_idle_source_is_still_read_lets_time_pass_in_it() -> None:
+    a, b, merger = two()
+    merger.feed(told(b, quiet=True, sources=BOTH), 1000.0)
+    merger.feed(told(a, call(1001.0), still={"b": 1002.0}), 1002.0)
+    assert merger.feed(told(a, call(1013.0)), 1013.5) == []
+    again = Merger(SMALL, stall_s=30.0)
+    again.restore(merger.snapshot())
+    for m in (merger, again):
+        assert len(m.feed(told(Front("a", SMALL), still={"b": 1013.0}), 1014.0)) == 1
 
 
 def test_single_events_come_in_order_of_time_and_windows_between_them() -> None:

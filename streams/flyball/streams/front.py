@@ -34,7 +34,7 @@ from flyball.streams.portion import (
 from flyball.streams.windows import Windows, WindowSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from flyball.core.columns import Ints
 
@@ -184,12 +184,15 @@ class Front:
             # What is left behind the border are late calls: they are in no window.
             self._spans = {n: span for n, span in self._spans.items() if n >= before}
 
-    def cut(self, *, quiet: bool = False, sources: Sequence[str] = ()) -> Portion | None:
+    def cut(
+        self, *, quiet: bool = False, sources: Sequence[str] = (), still: Mapping[str, float] | None = None
+    ) -> Portion | None:
         """Everything since the last cut; None when there is nothing to say.
 
         Args:
             quiet: the partition has been read to its end and nothing has come for a while. Without open windows, nobody waits for it.
             sources: all that portions are to be expected of. Given by whoever takes the partition on, and then told in any case.
+            still: as of the portion; told in any case, too.
         """
         idle = quiet and not self._spans
         newest, watermark = self.windows.newest, self.windows.watermark
@@ -199,6 +202,7 @@ class Front:
             and not self._partials
             and told == self._told
             and not sources
+            and still is None
             and self.halt == self._told_halt
         ):
             return None
@@ -210,7 +214,7 @@ class Front:
         portion = Portion(
             source=self.source, first=self._cut, last=self.last, origin=self._origin, newest=newest, watermark=watermark, idle=idle,
             received_at=self._received_at, partials=self._partials, singles=self._singles, totals=totals, skew_s=stats.skew_s,
-            sources=tuple(sources), halt=self.halt,
+            sources=tuple(sources), halt=self.halt, still=still,
         )  # fmt: skip
         self._partials, self._singles = [], []
         self._cut, self._told, self._told_halt = self.last + 1, told, self.halt

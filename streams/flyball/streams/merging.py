@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
@@ -41,6 +41,8 @@ from flyball.streams.portion import (
 from flyball.streams.windows import WindowMerger, WindowSettings, WindowStats
 
 STALL_S: Final = 30.0
+_SILENCE_S: Final = 5.0
+"""Of a silence of all sources no more than this counts as time in which one of them could have moved."""
 _KEPT_WINDOWS: Final = 64
 """Merged windows of which is known what went into them, to tell a repetition from what came too late."""
 _TYPES: Final = frozenset(TYPE_NAMES.values())
@@ -57,11 +59,13 @@ class _Source:
     watermark: float = -math.inf
     idle: bool = False
     moved_at: float = 0.0
-    """When its time last moved, by the clock that feeds and ticks here."""
+    """When its time last moved, or somebody was last known to be at work on it, as `Merger._elapsed` counts."""
     origin: int = 0
     totals: dict[str, int] = field(default_factory=dict)
     skew_s: dict[str, float] = field(default_factory=dict)
     waiting: deque[Single] = field(default_factory=deque)
+    still: float = -math.inf
+    """Until when a broker has confirmed that nothing more came in it, while it is idle; -inf where nobody tells."""
 
     @property
     def reached(self) -> float:
@@ -89,7 +93,10 @@ class Merger:
         self._merged: dict[int, dict[str, tuple[int, int, int]]] = {}
         """First and last offset and calls of what went into the newest merged windows."""
         self._closed_before: int | None = None
-        self._now = 0.0
+        self._now = self._moving_s = 0.0
+        self._fed_at = -math.inf
+        self._beats = False
+        """Whether those at work say so every second."""
         self._received_at: float | None = None
         self._closed = 0
         self.totals: Counter[str] = Counter()
@@ -112,10 +119,15 @@ class Merger:
         """
         for partial in portion.partials:
             self._check(partial)
-        self._now = max(self._now, at)
+        self._moving_s, self._now = self._elapsed(at), max(self._now, at)
+        self._fed_at = self._now
         for name in portion.sources:
             self._source(name)
         source = self._source(portion.source)
+        if portion.sources:
+            source.moved_at = self._moving_s  # somebody has just taken it on
+        if portion.still is not None:
+            self._hear_of(portion.still)
         self._count(source, portion)
         if portion.last < source.last:
             self.stale += 1
@@ -129,10 +141,12 @@ class Merger:
         for partial in portion.partials:
             self._keep(portion.source, partial)
         if portion.newest > source.newest or portion.watermark > source.watermark or source.idle:
-            source.moved_at = self._now
+            source.moved_at = self._moving_s
         source.last = portion.last
         source.newest = max(source.newest, portion.newest)
         source.watermark = max(source.watermark, portion.watermark)
+        if not portion.idle:
+            source.still = -math.inf
         source.idle = portion.idle
         source.skew_s = dict(portion.skew_s)
         if portion.halt is None:
@@ -151,6 +165,19 @@ class Merger:
         before = max(self._parts, default=-1) + 1
         return self._take(before, (math.inf, ""), math.inf)
 
+    def _hear_of(self, still: Mapping[str, float]) -> None:
+        self._beats = True
+        for name, until in still.items():
+            source = self._source(name)
+            if source.idle:
+                source.still, source.moved_at = max(source.still, until), self._moving_s
+
+    def _elapsed(self, now: float) -> float:
+        """Time in which somebody was at work. While nobody says anything (all workers are down, or the brokers are), nobody stalls: or else
+        whoever spoke first again would close the windows of all others."""
+        passed_s = max(0.0, now - self._fed_at) if self._fed_at > -math.inf else 0.0
+        return self._moving_s + (min(passed_s, _SILENCE_S) if self._beats else passed_s)
+
     def _check(self, partial: Partial) -> None:
         window, window_s = partial.window, self.settings.window_s
         if (window.start, window.end) != (partial.number * window_s, partial.number * window_s + window_s):
@@ -161,7 +188,7 @@ class Merger:
     def _source(self, name: str) -> _Source:
         found = self._sources.get(name)
         if found is None:
-            found = self._sources[name] = _Source(moved_at=self._now)
+            found = self._sources[name] = _Source(moved_at=self._moving_s)
         return found
 
     def _count(self, source: _Source, portion: Portion) -> None:
@@ -192,10 +219,12 @@ class Merger:
     # --- out ------------------------------------------------------------------------------------------------------
 
     def _release(self) -> list[Merged]:
+        elapsed_s = self._elapsed(self._now)
+        # An idle source holds back what lies after the last word about it: whoever reads it may have died since.
         holding = [
-            (s.reached, name, s.watermark)
+            (s.still, name, s.still) if s.idle else (s.reached, name, s.watermark)
             for name, s in self._sources.items()
-            if not s.idle and self._now < s.moved_at + self.stall_s
+            if elapsed_s < s.moved_at + self.stall_s and not (s.idle and s.still == -math.inf)
         ]
         if holding:
             watermark = min(w for _, _, w in holding)
@@ -294,6 +323,7 @@ class Merger:
             (
                 sources, parts, self._merged, self._closed_before, self._now, self._received_at, self._closed, dict(self.totals),
                 self.late, self.stale, self.missed, self._windows.snapshot(), self.halts,
+                {name: s.still for name, s in self._sources.items() if s.still > -math.inf}, self._fed_at, self._moving_s, self._beats,
             ),
         )  # fmt: skip
 
@@ -323,6 +353,9 @@ class Merger:
         self.late, self.stale, self.missed = found.late, found.stale, found.missed
         self._windows.restore(found.windows)
         self.halts = found.halts
+        for name, until in found.still.items():
+            self._sources[name].still = until
+        self._fed_at, self._moving_s, self._beats = found.fed_at, found.moving_s, found.beats
 
 
 def _order(item: tuple[float, str, Window | Event]) -> tuple[float, str]:
@@ -348,6 +381,10 @@ class _State(msgspec.Struct, array_like=True, frozen=True):
     missed: int
     windows: bytes
     halts: dict[str, Halt] = {}
+    still: dict[str, float] = {}
+    fed_at: float = -math.inf
+    moving_s: float = 0.0
+    beats: bool = False
 
 
 __all__ = ["STALL_S", "Merged", "Merger"]

@@ -116,6 +116,9 @@ class Portion(msgspec.Struct, frozen=True, kw_only=True):
     """All sources that a portion is to be expected of; told by whoever has just taken this one on."""
     halt: Halt | None = None
     """Told in every portion while the source stands, until it has been seen to go well again."""
+    still: Mapping[str, float] | None = None
+    """Told once a second by whoever is at work, however little there is to say: its idle sources, and until when (seconds since the epoch)
+    a broker has confirmed that nothing more came in each. None in all other portions."""
 
 
 def encode_portion(portion: Portion) -> bytes:
@@ -126,7 +129,7 @@ def encode_portion(portion: Portion) -> bytes:
         (
             p.source, p.first, p.last, p.origin, p.newest, p.watermark, p.idle, p.received_at,
             [pack_partial(x) for x in p.partials], pack_singles(p.singles), p.totals, p.skew_s, list(p.sources),
-            p.halt,
+            p.halt, p.still,
         ),
     )  # fmt: skip
 
@@ -142,6 +145,7 @@ def decode_portion(data: bytes) -> Portion:
             source=raw.source, first=raw.first, last=raw.last, origin=raw.origin, newest=raw.newest, watermark=raw.watermark,
             idle=raw.idle, received_at=raw.received_at, partials=[unpack_partial(x) for x in raw.partials],
             singles=unpack_singles(raw.singles), totals=raw.totals, skew_s=raw.skew_s, sources=raw.sources, halt=raw.halt,
+            still=raw.still,
         )  # fmt: skip
     except (SnapshotError, msgspec.DecodeError, ValueError, IndexError) as e:
         raise PortionError(f"not a portion that this version reads: {e}") from e
@@ -195,6 +199,7 @@ class _Wire(msgspec.Struct, array_like=True, frozen=True):
     skew_s: dict[str, float]
     sources: list[str]
     halt: Halt | None = None
+    still: dict[str, float] | None = None
 
 
 def pack_singles(singles: Sequence[Single]) -> PackedSingles:

@@ -44,6 +44,8 @@ from flyball.streams.windows import WindowSettings
 ROLE: Final = "windows"
 _SNAPSHOT_BYTES_A_S: Final = 8 << 20
 """Large states are stored less often, so that storing all of them never takes more than this."""
+_BEAT_S: Final = 1.0
+"""How often control hears of us, and of our idle partitions, at least."""
 _STEP_S: Final = 2.0
 _CLOSE_S: Final = 5.0
 _NONE: Final = np.empty(0, np.int64)
@@ -159,7 +161,7 @@ class WindowsRole:
         """Takes on what the group has just given to us."""
         self._failed: BaseException | None = None
         """What went wrong while partitions were given away: the client would only log it."""
-        self._cut_at = 0.0
+        self._cut_at = self._beat_at = 0.0
         self._doing = "starting"
         self._watch = Watch(
             self._reader, config.group(ROLE), self._settings.stuck_s, self._settings.cut_s,
@@ -384,7 +386,12 @@ class WindowsRole:
         self._try_again(now)
         self._let_time_pass()
         self._doing = "writing portions"
-        await _all([sent for owned in self._owned.values() for sent in await self._send(owned)])
+        sent: list[Awaitable[Any]] = []
+        still = self._still(now)
+        for owned in self._owned.values():
+            sent += await self._send(owned, still=still)
+            still = None
+        await _all(sent)
         pause_s = sum(o.state_bytes for o in self._owned.values()) / _SNAPSHOT_BYTES_A_S
         await self._save(
             [
@@ -413,9 +420,24 @@ class WindowsRole:
                 if owned.received_at is not None:
                     owned.front.tick(owned.received_at + owned.quiet_s)
 
-    async def _send(self, owned: _Owned, sources: Sequence[str] = ()) -> list[Awaitable[Any]]:
+    def _still(self, now: float) -> dict[str, float] | None:
+        """Our idle partitions, and until when nothing came in them; None where that was told a moment ago."""
+        if now - self._beat_at < _BEAT_S:
+            return None
+        self._beat_at = now
+        ahead_s = time.time() - now
+        return {
+            str(o.place): o.confirmed_at + ahead_s
+            for o in self._owned.values()
+            if o.confirmed_at is not None and o.quiet_s >= self._settings.idle_s
+        }
+
+    async def _send(
+        self, owned: _Owned, sources: Sequence[str] = (), still: Mapping[str, float] | None = None
+    ) -> list[Awaitable[Any]]:
         """Puts a portion on its way, if there is anything to say."""
-        portion = owned.front.cut(quiet=owned.quiet_s >= self._settings.idle_s, sources=sources)
+        quiet = owned.quiet_s >= self._settings.idle_s
+        portion = owned.front.cut(quiet=quiet, sources=sources, still=still)
         if portion is None:
             return []
         value = encode_portion(portion)
