@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -119,6 +120,16 @@ class Worker:
         found: dict[str, Any] = self.get("/v1/status") or {}
         return found
 
+    def metrics(self) -> dict[str, float]:
+        """Figures without labels, by name; empty where there is no answer."""
+        try:
+            page = httpx.get(f"{self.url}/metrics", timeout=5.0).text
+        except httpx.HTTPError:
+            return {}
+        return {
+            name: float(value) for name, value in re.findall(r"^(flyball_\w+) (\S+)$", page, re.MULTILINE)
+        }
+
     def role(self) -> str:
         return str(self.status().get("role", ""))
 
@@ -146,7 +157,7 @@ class Worker:
 
 
 def environment(config: KafkaConfig, folder: Path, **settings: str) -> dict[str, str]:
-    mine = {"KAFKA": config.bootstrap, "KAFKA_PREFIX": config.prefix, "DATA": str(folder), "HASH_KEY": "key of the tests"}  # fmt: skip
+    mine = {"KAFKA": config.bootstrap, "KAFKA_PREFIX": config.prefix, "DATA": str(folder), "HASH_KEY": "key of the tests", "KAFKA_PARTITIONS": "4"}  # fmt: skip
     return os.environ | {f"FLYBALL_{k}": v for k, v in (mine | settings).items()}
 
 

@@ -37,6 +37,7 @@ from flyball.app.writer import Stopped
 from flyball.core.errors import ConfigError
 from flyball.core.ports import Format
 
+_WHY_S: Final = 5.0
 _log = structlog.get_logger(__name__)
 
 
@@ -89,6 +90,8 @@ class Control:
         try:
             await self._govern(runtime, stop, failed)
         except Stopped:
+            # Who waits is told a moment before it is known why.
+            await asyncio.to_thread(runtime.wait_for, runtime.appended + 1, _WHY_S)
             if runtime.failure is None:
                 raise
         if runtime.failure is not None:

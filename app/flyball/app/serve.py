@@ -18,7 +18,7 @@ import structlog
 import uvicorn
 
 from flyball.app.clock import SystemClock, monotonic
-from flyball.app.embedded import Embedded, Limits, Publish, Retention
+from flyball.app.embedded import Embedded, Limits, Publish, Retention, Stopped
 from flyball.app.hooks import dispatching
 from flyball.app.http.server import create_app
 from flyball.app.intake import Intake
@@ -199,8 +199,10 @@ class Background:
     def _ended(self, task: asyncio.Task[None]) -> None:
         if task.cancelled() or task.exception() is None:
             return
-        self.failure = self.failure or task.exception()
-        _log.error("background.stopped", why=repr(task.exception()), exc_info=task.exception())
+        why = task.exception()
+        self.failure = self.failure or why
+        if not isinstance(why, Stopped):  # what ended the runtime is told by it
+            _log.error("background.stopped", why=repr(why), exc_info=why)
         self.on_failure()
 
     async def _ticks(self) -> None:

@@ -162,6 +162,8 @@ def replay(
 
 
 def _place(letter: KafkaLetter) -> str:
+    if not letter.topic:
+        return "over HTTP"
     line = f" line {letter.index + 1}" if letter.index >= 0 else ""
     return f"{letter.topic}/{letter.partition} at {letter.offset}{line}"
 

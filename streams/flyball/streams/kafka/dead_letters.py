@@ -6,18 +6,24 @@ letter can be read with any Kafka tool.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
+from zlib import crc32
 
 from flyball.core.errors import ConfigError, FlyballError
+from flyball.core.events import TYPE_NAMES
 from flyball.streams.kafka.admin import connected
 from flyball.streams.kafka.config import KafkaConfig
+from flyball.streams.kafka.partition import CALLS, TOPIC_OF, partition_of
 
 TOPIC: Final = "dead-letters"
 REPLAYED: Final = "flyball-replayed"
 """Header of a record that was sent once more: the letter's id. In the dead letters themselves: the note that it was."""
+_TOPIC_OF: Final = {TYPE_NAMES[kind]: topic for kind, topic in TOPIC_OF.items()}
+_TYPE: Final = re.compile(rb'"type"\s*:\s*"(\w+)"')
 _WAIT_MS: Final = 15_000
 _NOT_OURS: Final = ("reason", "detail", "topic", "partition", "offset", "index", "at", "size")
 
@@ -202,6 +208,8 @@ def _note(record: Any) -> str:
 def replay(config: KafkaConfig, letters: Iterable[KafkaLetter]) -> int:
     """Sends the letters' bytes once more to the partitions they came from, and notes it beside the letters. Gives their number.
 
+    What came over HTTP stood in no topic yet: it goes to that of its events, in the format it came in.
+
     Raises: ConfigError where a letter cannot be sent; nothing was sent then. BrokerUnreachable; FlyballError when not all were
     acknowledged: those that were are noted.
     """
@@ -211,7 +219,7 @@ def replay(config: KafkaConfig, letters: Iterable[KafkaLetter]) -> int:
             raise ConfigError(
                 f"the bytes of {letter.id} were not kept; it cannot be sent once more (retention.dead_letter_bytes)"
             )
-        if not letter.topic.startswith(config.prefix):
+        if not _destination(config, letter).startswith(config.prefix):
             raise ConfigError(
                 f"{letter.id} came by topic {letter.topic!r}, which is none of {config.prefix}*; it is not sent"
             )
@@ -219,23 +227,22 @@ def replay(config: KafkaConfig, letters: Iterable[KafkaLetter]) -> int:
         from kafka import KafkaProducer
         from kafka.errors import KafkaError
 
-        topics = sorted({x.topic for x in letters})
+        topics = sorted({_destination(config, x) for x in letters})
         partitions = {t["name"]: len(t["partitions"]) for t in admin.describe_topics(topics)}
-        for x in letters:
-            if x.partition not in range(partitions[x.topic]):
+        places = [_place_again(config, x, partitions) for x in letters]
+        for x, (topic, partition) in zip(letters, places, strict=True):
+            if partition not in range(partitions[topic]):
                 raise ConfigError(
-                    f"topic {x.topic} has no partition {x.partition}, from which {x.id} came; it is not sent"
+                    f"topic {topic} has no partition {partition}, from which {x.id} came; it is not sent"
                 )
         producer = KafkaProducer(
             **config.for_kafka_python(), acks="all", enable_idempotence=True, max_request_size=16 << 20
         )
         sent = 0
         try:
-            for x in letters:
+            for x, (topic, partition) in zip(letters, places, strict=True):
                 mark = (REPLAYED, x.id.encode())
-                again = producer.send(
-                    x.topic, value=x.body, partition=x.partition, headers=[*x.headers, mark]
-                )
+                again = producer.send(topic, value=x.body, partition=partition, headers=[*x.headers, mark])
                 again.get(_WAIT_MS / 1000)
                 producer.send(config.topic(TOPIC), key=x.key, value=b"", headers=[mark]).get(_WAIT_MS / 1000)
                 sent += 1
@@ -246,3 +253,18 @@ def replay(config: KafkaConfig, letters: Iterable[KafkaLetter]) -> int:
         finally:
             producer.close(5.0)
     return sent
+
+
+def _destination(config: KafkaConfig, letter: KafkaLetter) -> str:
+    """The topic that a letter is sent to once more."""
+    if letter.topic:
+        return letter.topic
+    told = _TYPE.search(letter.body or b"")
+    return config.topic(_TOPIC_OF.get(told[1].decode(), CALLS) if told else CALLS)
+
+
+def _place_again(config: KafkaConfig, letter: KafkaLetter, partitions: Mapping[str, int]) -> tuple[str, int]:
+    topic = _destination(config, letter)
+    if letter.topic:
+        return topic, letter.partition
+    return topic, partition_of(crc32(letter.body or b""), partitions[topic])

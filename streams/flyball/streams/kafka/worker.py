@@ -15,6 +15,7 @@ import faust
 import faust.app.base
 import structlog
 
+from flyball.core.errors import FlyballError
 from flyball.streams.kafka.config import KafkaConfig
 
 Role = Callable[[asyncio.Event], Awaitable[None]]
@@ -81,9 +82,11 @@ class Worker:
         self.app.roles = [_Hosted(name, role, self._ended) for name, role in roles.items()]
 
     def _ended(self, name: str, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and task.exception() is not None:
-            self.failure = self.failure or task.exception()
-            _log.error("role.ended", role=name, why=repr(task.exception()))
+        why = None if task.cancelled() else task.exception()
+        if why is not None:
+            self.failure = self.failure or why
+            if not isinstance(why, FlyballError):  # which whoever runs this tells people
+                _log.error("role.ended", role=name, why=repr(why))
         self._over.set()
 
     def stop(self) -> None:
