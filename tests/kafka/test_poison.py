@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flyball.app.kafka_windows import Decoder
@@ -107,6 +107,7 @@ def test_it_is_sure_again_once_enough_has_come_and_was_good() -> None:
     assert breaker.sure
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 30), st.integers(0, 5), st.integers(0, 5)), max_size=40))
 def test_the_share_is_that_of_the_newest_seconds_in_whatever_order_things_come(
     takes: list[tuple[float, int, int]],
@@ -139,7 +140,7 @@ def test_records_of_a_line_each_are_read_together_and_keep_their_places() -> Non
     found = read(records(*map(line, those)), decode)
     assert decode.asked == 1
     assert found.senders[""].events == those
-    assert found.senders[""].offsets == list(range(50))
+    assert found.senders[""].offset_array().tolist() == list(range(50))
     assert (found.taken, found.last, found.letters) == (50, 49, [])
 
 
@@ -149,7 +150,7 @@ def test_one_odd_record_among_them_changes_nothing_for_the_others(odd: bytes | N
     values = [*map(line, those[:3]), odd, *map(line, those[3:])]
     found = read(records(*values))
     assert found.senders[""].events == those
-    assert found.senders[""].offsets == [0, 1, 2, 4, 5, 6]
+    assert found.senders[""].offset_array().tolist() == [0, 1, 2, 4, 5, 6]
     assert {x.offset for x in found.letters} <= {3}
     assert (found.taken, found.last) == (7, 6)
 
@@ -157,7 +158,52 @@ def test_one_odd_record_among_them_changes_nothing_for_the_others(odd: bytes | N
 def test_two_lines_in_one_record_and_none_in_the_next_are_not_mistaken_for_one_each() -> None:
     a, b = calls(0, 2)
     found = read(records(line(a) + b"\n" + line(b), b""))
-    assert found.senders[""].offsets == [0, 0]
+    assert found.senders[""].offset_array().tolist() == [0, 0]
+
+
+values = st.sampled_from([line(c) for c in calls(0, 5)] + [b"", b"{", b"\n", b"\xff"])
+some_headers = st.sampled_from(
+    [(), (("sender", b"gw"),), (("sender", b"sdk"), ("traceparent", b"1")), (("sender", b"gw"), ("received_at", b"1800000001"))]
+)  # fmt: skip
+mixed = st.builds(
+    lambda lines, headers, end: (b"\n".join(lines) + end, headers),
+    st.lists(values, max_size=4), some_headers, st.sampled_from([b"", b"\n"]),
+)  # fmt: skip
+
+
+@settings(deadline=None)
+@given(st.lists(mixed, min_size=1, max_size=12))
+def test_read_together_or_one_by_one_makes_no_difference(
+    some: list[tuple[bytes, Sequence[tuple[str, bytes]]]],
+) -> None:
+    all_records = [Record(i, value, headers=headers) for i, (value, headers) in enumerate(some)]
+    together, apart = read(all_records), Read()
+    for one in all_records:
+        found = read([one])
+        for sender, part in found.senders.items():
+            apart.part({"sender": sender.encode()}).take(
+                part.events, part.offsets, part.counts, part.received_at
+            )
+        apart.letters += found.letters
+    assert together.senders.keys() == apart.senders.keys()
+    for sender, part in apart.senders.items():
+        assert together.senders[sender].events == part.events
+        assert together.senders[sender].offset_array().tolist() == part.offset_array().tolist()
+        assert together.senders[sender].received_at == part.received_at
+    assert together.letters == apart.letters
+    assert (together.taken, together.last) == (len(some), len(some) - 1)
+
+
+def test_many_lines_of_several_senders_are_read_in_as_many_goes_as_there_are_senders() -> None:
+    decode, those = Counting(), calls(0, 40)
+    some = [
+        Record(i, b"\n".join(map(line, those[2 * i : 2 * i + 2])) + b"\n", headers=(("sender", b"ab"[i % 2 : i % 2 + 1]), ("n", b"%d" % i)))
+        for i in range(20)
+    ]  # fmt: skip
+    found = read(some, decode)
+    assert decode.asked == 2
+    assert found.senders["a"].offset_array().tolist() == [i for i in range(0, 20, 2) for _ in "ab"]
+    assert found.senders["b"].events == [c for i in range(1, 20, 2) for c in those[2 * i : 2 * i + 2]]
 
 
 def test_other_formats_are_never_read_together() -> None:
@@ -211,6 +257,7 @@ def test_bytes_that_no_record_can_hold_are_left_out_of_the_letter() -> None:
     assert "see the topic" in letter.detail
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.0, 3.0), max_size=30))
 def test_slices_keep_all_records_in_order_and_span_half_a_second(times: list[float]) -> None:
     some = [Record(i, b"", timestamp=int((NOW + t) * 1000)) for i, t in enumerate(times)]
