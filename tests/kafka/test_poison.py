@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
@@ -38,27 +38,25 @@ def records(*values: bytes | None, **more: object) -> list[Record]:
     return [Record(i, v, **more) for i, v in enumerate(values)]  # type: ignore[arg-type]
 
 
+DECODER = Decoder(Settings.model_construct(), {"native": NativeNdjson(), "otlp": NativeNdjson()})
+
+
 @dataclass
 class Counting:
     """The decoder of the settings, and how often it was asked."""
 
-    decoder: Decoder = field(
-        default_factory=lambda: Decoder(
-            Settings.model_construct(), {"native": NativeNdjson(), "otlp": NativeNdjson()}
-        )
-    )
     asked: int = 0
 
     def __call__(self, topic: str, value: bytes, headers: Mapping[str, bytes]) -> Decoded:
         self.asked += 1
-        return self.decoder(topic, value, headers)
+        return DECODER(topic, value, headers)
 
 
 def read(
     some: Sequence[Record], decode: Counting | None = None, settings: PoisonSettings | None = None
 ) -> Read:
     decode = decode or Counting()
-    intake = Intake("flyball.", decode, decode.decoder.lines)
+    intake = Intake("flyball.", decode, DECODER.lines)
     return intake.read(PLACE, some, Breaker(settings or PoisonSettings()))
 
 
@@ -210,7 +208,7 @@ def test_other_formats_are_never_read_together() -> None:
     """Two protobuf messages with a line break between them can be one message."""
     decode = Counting()
     read(records(*[b"x"] * 3, headers=(("content-type", b"application/x-protobuf"),)), decode)
-    assert not decode.decoder.lines("llm-calls", {"content-type": b"application/x-protobuf"})
+    assert not DECODER.lines("llm-calls", {"content-type": b"application/x-protobuf"})
     assert decode.asked == 3
 
 
