@@ -115,7 +115,7 @@ class Control:
 
     async def _govern(self, runtime: Embedded, stop: asyncio.Event, failed: asyncio.Event) -> None:
         settings, intake = self._settings, self._intake
-        feed = self.feed = PortionFeed(runtime, intake.config)
+        feed = self.feed = PortionFeed(runtime, intake.config, settings.kafka.stuck_s)
         outputs = self.outputs = Outputs(intake.config, runtime)
         watch = RunbookWatch(runtime, settings)
         background = Background(runtime, settings, watch, feed.now, intake)

@@ -30,6 +30,8 @@ _AHEAD_BYTES: Final = 64 << 20
 """Portions that the stages have not read yet: more of them wait at the brokers."""
 _COMMIT_S: Final = 5.0
 _ENDS_S: Final = 5.0
+_TURN_S: Final = 10.0
+"""More than one turn takes."""
 _LATE_S: Final = 5.0
 """A partition that has more to read, and whose newest portion tells of older arrivals, is behind its topic."""
 _log = structlog.get_logger(__name__)
@@ -104,7 +106,7 @@ class PortionFeed:
 
     Args:
         config: of the cluster.
-        stuck_s: without a portion for so long although there are some, the process should end.
+        stuck_s: without a portion for so long although a broker says that there are some, the process should end.
     """
 
     def __init__(self, runtime: Embedded, config: KafkaConfig, stuck_s: float = 60.0) -> None:
@@ -116,7 +118,8 @@ class PortionFeed:
         self._next: dict[Place, int] = {}
         self._ends: dict[Place, int] = {}
         self._committed: dict[Place, int] = {}
-        self._moved_at = 0.0
+        self._still_s = 0.0
+        self._answered = True
         self.taken = 0
         """Portions since the start."""
         self.unreadable = 0
@@ -146,7 +149,7 @@ class PortionFeed:
         reader = await self._started(consumed, stop)
         if reader is None:
             return
-        self._moved_at = asked_at = committed_at = loop.time()
+        turned_at = asked_at = committed_at = loop.time()
         try:
             while not stop.is_set():
                 if self._runtime.lag()[1] > _AHEAD_BYTES:
@@ -154,7 +157,7 @@ class PortionFeed:
                     continue
                 found = await reader.read(_MOST, _READ_S)
                 if found:
-                    self._moved_at = loop.time()
+                    self._still_s = 0.0
                     await self._take(found, stop)
                 for place in self._ends:
                     self._ends[place] = max(self._ends[place], reader.end_seen(place))
@@ -164,10 +167,8 @@ class PortionFeed:
                 if loop.time() - committed_at >= _COMMIT_S:
                     await self._commit(reader)
                     committed_at = loop.time()
-                if self.lag and loop.time() - self._moved_at > self._stuck_s:
-                    raise Stalled(
-                        f"{self._topic} has {self.lag} portions that do not come, for {self._stuck_s:.0f} s now"
-                    )
+                now, before, turned_at = loop.time(), turned_at, loop.time()
+                self._watch(min(now - before, _TURN_S))
         finally:
             await self._commit(reader)
             await reader.stop()
@@ -241,13 +242,27 @@ class PortionFeed:
             await writer.stop()
         return True
 
+    def _watch(self, passed_s: float) -> None:
+        """Counts while this process runs and a broker answers: one that was suspended finds everything as it left it."""
+        if not self.lag:
+            self._still_s = 0.0
+        elif self._answered:
+            self._still_s += passed_s
+        if self._still_s > self._stuck_s:
+            raise Stalled(
+                f"{self._topic} has {self.lag} portions that do not come, for {self._still_s:.0f} s now"
+            )
+
     async def _ask(self, reader: TopicReader) -> None:
         """The ends, as a broker says now; as they were where none answers."""
         try:
             async with asyncio.timeout(_ENDS_S):
                 self._ends = await reader.ends()
+            self._answered = True
         except (KafkaError, TimeoutError) as e:
-            _log.info("portions.ends_unknown", why=f"{type(e).__name__}: {e}")
+            if self._answered:
+                _log.info("portions.ends_unknown", why=f"{type(e).__name__}: {e}")
+            self._answered = False
 
     async def _commit(self, reader: TopicReader) -> None:
         """For those who look at lag; where to go on stands in the database."""
