@@ -222,6 +222,17 @@ def test_prometheus_evaluates_every_alert_and_none_of_them_cries_now(cluster: Cl
     assert [r["name"] for r in rules() if r["state"] == "firing"] == []
 
 
+def test_the_first_process_of_a_container_ends_when_it_is_told_to(cluster: Cluster) -> None:
+    own = cluster.compose.engine
+    for service in ("load", "worker"):
+        one = cluster.compose.containers(service)[0]["Id"]
+        own.docker("stop", "-t", "100", one)
+        # 143: by the signal, which a process with the number 1 has to take itself; 137 would be killed.
+        assert own.docker("inspect", "-f", "{{.State.ExitCode}}", one) == (
+            "143" if service == "load" else "0"
+        )
+
+
 def test_down_leaves_nothing(cluster: Cluster) -> None:
     cluster.compose("--profile", "load", "down", "-v", "-t", "40")
     own, mine = cluster.compose.engine, f"label=com.docker.compose.project={cluster.compose.project}"

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 import typer
@@ -82,6 +84,9 @@ app.add_typer(runbook.group, name="runbook")
 
 def main() -> None:
     """Entry point of the `flyball` command."""
+    if os.getpid() == 1:
+        # The first process of a container is not ended by a signal that it does not handle: a stop during the start would be lost.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     configure_logging()
     sys.exit(_run())
 
