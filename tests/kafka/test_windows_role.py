@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from flyball.core.events import LlmCall
+from flyball.streams.kafka.admin import connected
 from flyball.streams.kafka.breaker import PoisonSettings
 from flyball.streams.kafka.config import KafkaConfig
 from flyball.streams.kafka.dead_letters import from_record
@@ -19,6 +20,7 @@ from tests.kafka._windows import (
     CALLS,
     NOW,
     QUICK,
+    WINDOWS,
     assert_same,
     calls,
     end,
@@ -49,6 +51,7 @@ def test_two_of_a_group_share_the_partitions_and_lose_or_double_nothing_as_they_
                 await first.until(lambda: 0 < len(first.role.figures().owned) < 13)
                 await asyncio.to_thread(put_calls, config, 4, all_calls[400:800])
                 await first.end()
+                assert await asyncio.to_thread(members, config) == 1, "left at once, not missed after a while"
                 await second.owns(13)
                 await asyncio.to_thread(put_calls, config, 4, all_calls[800:])
                 await asyncio.to_thread(end, config, 4)
@@ -84,6 +87,26 @@ def test_after_a_sudden_end_the_newest_snapshot_is_read_on_from(kafka_config: Ka
         windows, merger = merge(portions)
         assert_same(windows, in_one_piece(all_calls))
         assert (merger.totals["llm_call"], merger.stats.late, merger.missed) == (602, 0, 0)
+
+    run(go())
+
+
+def test_time_goes_on_in_a_partition_that_was_taken_over_although_nothing_more_comes(
+    kafka_config: KafkaConfig,
+) -> None:
+    config, all_calls = made(kafka_config, 1), calls(0, 20)
+
+    async def go() -> None:
+        # It arrived so late that the window is to close when it has been quiet for three seconds.
+        waits_s = WINDOWS.window_s + WINDOWS.max_delay_s
+        put(config, 0, [b"\n".join(map(line, all_calls))], received_at=NOW + waits_s - 3.0)
+        async with running(config) as first:
+            await first.until(lambda: first.role.figures().snapshots > 0)
+            await first.die()
+        async with running(config) as second, asyncio.timeout(40.0):
+            while not any(p.partials for p in await said(config)):
+                await second.until(lambda: True)
+                await asyncio.sleep(0.1)
 
     run(go())
 
@@ -242,6 +265,12 @@ def test_a_partition_that_stood_goes_on_when_its_input_is_good_and_has_lost_noth
     run(go())
     letters = [dict(r.headers)["offset"] for r in records(config, ["dead-letters"])]
     assert sorted(map(int, letters)) == list(range(40, 110)), "each bad one, once"
+
+
+def members(config: KafkaConfig) -> int:
+    group = config.group("windows")
+    with connected(config) as admin:
+        return len(admin.describe_groups([group])[group]["members"])
 
 
 def ends(config: KafkaConfig, partitions: int, n: int) -> dict[str, int]:

@@ -96,6 +96,11 @@ class Front:
         """The late calls of the newest batch; for whoever feeds this. Not part of the state."""
 
     @property
+    def received_at(self) -> float | None:
+        """Newest time of arrival of what was fed."""
+        return self._received_at
+
+    @property
     def needed_from(self) -> int:
         """Offset to read again from, should this be lost without a snapshot: nothing before it is in a window that is open."""
         firsts = [first for first, _ in self._spans.values()]

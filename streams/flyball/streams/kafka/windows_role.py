@@ -47,6 +47,7 @@ _SNAPSHOT_BYTES_A_S: Final = 8 << 20
 _BEAT_S: Final = 1.0
 """How often control hears of us, and of our idle partitions, at least."""
 _STEP_S: Final = 2.0
+_AGAIN_S: Final = 0.5
 _CLOSE_S: Final = 5.0
 _NONE: Final = np.empty(0, np.int64)
 _log = structlog.get_logger(__name__)
@@ -245,9 +246,16 @@ class WindowsRole:
 
     async def _take_on(self, places: list[Place]) -> None:
         self._doing = "restoring"
-        begins = await self._reader.begins(places)
-        states = await self._snapshots.load(places, self._watch.moved)
-        owned = [await self._restored(p, states.get(p), begins[p]) for p in places]
+        while True:
+            try:
+                begins = await self._reader.begins(places)
+                states = await self._snapshots.load(places, self._watch.moved)
+                owned = [await self._restored(p, states.get(p), begins[p]) for p in places]
+                break
+            except KafkaError as e:
+                # A broker that is being restarted, most likely. The watchdog knows when this has gone on for too long.
+                _log.warning("state.not_read", why=f"{type(e).__name__}: {e}")
+                await asyncio.sleep(_AGAIN_S)
         async with self._busy:
             # From here to the end of `resume` nothing waits: partitions that are taken away meanwhile are taken away whole.
             for one in owned:
@@ -269,7 +277,10 @@ class WindowsRole:
             except (SnapshotError, ConfigError) as e:
                 _log.warning("state.unreadable", partition=str(place), why=str(e))
             else:
-                return _Owned(place, front, breaker, (front.last, front.halt), state_bytes=len(state))
+                # Without its last arrival no time would pass in it until the next record.
+                return _Owned(
+                    place, front, breaker, (front.last, front.halt), state_bytes=len(state), received_at=front.received_at
+                )  # fmt: skip
         committed = await self._reader.committed(place)
         return _Owned(place, Front(str(place), self._windows, origin=max(committed or 0, begin)), breaker)
 
@@ -355,6 +366,7 @@ class WindowsRole:
         self._counts["stopped"] += 1
         owned.front.halt = owned.front.halt or halt
         owned.stands_until = time.monotonic() + self._settings.poison.retry_s
+        owned.saved_at = 0.0  # stored soon: whoever takes over after a sudden end shall know
         self._reader.pause([owned.place])
         _log.error(
             "partition.stands", partition=str(owned.place), offset=halt.offset, bad=halt.bad, of=halt.of, reason=halt.reason,
