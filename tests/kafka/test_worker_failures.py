@@ -64,6 +64,28 @@ def test_a_broker_that_pauses_ends_no_worker_and_loses_nothing(own_kafka: Cluste
     run(go())
 
 
+def test_a_broker_that_is_killed_and_started_again_ends_no_worker_and_loses_nothing(
+    own_kafka: Cluster,
+) -> None:
+    config, all_calls, (node,) = fresh(own_kafka, 2), calls(0, 400), own_kafka.nodes
+
+    async def go() -> None:
+        put_calls(config, 2, all_calls[:200])
+        async with running(config) as role:
+            await role.until(lambda: role.role.figures().events >= 100)
+            node.kill()
+            await asyncio.to_thread(node.start)
+            await asyncio.to_thread(put_calls, config, 2, all_calls[200:])
+            await asyncio.to_thread(end, config, 2)
+            portions = await said_until(config, {f"{config.topic(CALLS)}/{p}": 51 for p in (0, 1)}, role)
+            await role.end()
+        windows, merger = merge(portions)
+        assert_same(windows, in_one_piece(all_calls))
+        assert (merger.totals["llm_call"], merger.stats.late, merger.missed) == (402, 0, 0)
+
+    run(go())
+
+
 def test_no_broker_that_answers_ends_the_worker_with_that_reason(own_kafka: Cluster) -> None:
     config, (node,) = fresh(own_kafka, 1), own_kafka.nodes
 
