@@ -18,7 +18,7 @@ from flyball.core.columns import Window
 from flyball.core.events import AgentStep, Batch, Change, Event, LlmCall
 from flyball.streams.front import Front
 from flyball.streams.merging import Merged, Merger
-from flyball.streams.portion import Portion, PortionError, decode_portion, encode_portion
+from flyball.streams.portion import Portion, PortionError, decode_portion, encode_in_pieces
 from flyball.streams.windows import Windows, WindowSettings
 from tests.streams.test_windows_properties import calls as any_call
 from tests.streams.test_windows_properties import check
@@ -63,7 +63,7 @@ class Partition:
     def cut(self, sources: Sequence[str] = ()) -> None:
         portion = self.front.cut(sources=sources)
         if portion is not None:
-            self.sent.append(encode_portion(portion))
+            self.sent += encode_in_pieces(portion, self.random.choice([500, 1 << 20]))
 
     def die(self) -> None:
         """What was sent stays sent; what was read since the newest snapshot is read again, otherwise cut."""
@@ -372,6 +372,23 @@ def test_windows_of_another_length_are_refused_before_anything_is_taken() -> Non
     with pytest.raises(PortionError, match="set window_s alike"):
         merger.feed(portion, 0.0)
     assert merger.snapshot() == before
+
+
+def test_a_portion_in_pieces_counts_once_it_is_whole_also_when_a_stranger_speaks_between() -> None:
+    a, _, merger = two()
+    portion = told(a, *[call(1001.0, k, app=f"app-{k}") for k in range(40)], call(1013.0))
+    mine = [decode_portion(raw) for raw in encode_in_pieces(portion, 300)]
+    assert len(mine) > 2
+    other = told(Front("a", SMALL), *[call(1001.0, k, app=f"app-{k}") for k in range(60)], call(1013.0))
+    stranger = decode_portion(encode_in_pieces(other, 300)[0])
+    for piece in [mine[0], stranger, *mine[1:-1], mine[0]]:
+        assert merger.feed(piece, 0.0) == []
+    again = Merger(SMALL)
+    again.restore(merger.snapshot())
+    (window,) = again.feed(mine[-1], 0.0)
+    assert isinstance(window, Window)
+    assert window.cells.calls.sum() == 40
+    assert again.feed(mine[-1], 0.0) == []
 
 
 def test_the_watermark_is_that_of_what_was_merged() -> None:

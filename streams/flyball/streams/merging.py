@@ -30,11 +30,13 @@ from flyball.streams.portion import (
     PackedPartial,
     PackedSingles,
     Partial,
+    Piece,
     Portion,
     PortionError,
     Single,
     pack_partial,
     pack_singles,
+    put_together,
     unpack_partial,
     unpack_singles,
 )
@@ -45,6 +47,8 @@ _SILENCE_S: Final = 5.0
 """Of a silence of all sources no more than this counts as time in which one of them could have moved."""
 _KEPT_WINDOWS: Final = 64
 """Merged windows of which is known what went into them, to tell a repetition from what came too late."""
+_UNFINISHED: Final = 4
+"""Portions of a source in pieces that are remembered; only one can be on its way, and one of whoever had the source before."""
 _TYPES: Final = frozenset(TYPE_NAMES.values())
 
 Merged: TypeAlias = "Window | Batch"
@@ -66,6 +70,22 @@ class _Source:
     waiting: deque[Single] = field(default_factory=deque)
     still: float = -math.inf
     """Until when a broker has confirmed that nothing more came in it, while it is idle; -inf where nobody tells."""
+    pieces: dict[int, list[Piece]] = field(default_factory=dict)
+    """By checksum: portions that have not come whole."""
+
+    def gather(self, piece: Piece) -> Portion | None:
+        """The portion that is whole with this piece. Those of one who was cut off on the way stay without an end.
+
+        Raises: PortionError where the pieces do not fit together.
+        """
+        there = self.pieces.setdefault(piece.crc, [])
+        if piece.number == len(there):
+            there.append(piece)
+        if len(there) == piece.of:
+            return put_together(self.pieces.pop(piece.crc))
+        while len(self.pieces) > _UNFINISHED:
+            del self.pieces[next(iter(self.pieces))]
+        return None
 
     @property
     def reached(self) -> float:
@@ -117,6 +137,9 @@ class Merger:
 
         Raises: PortionError when its windows are cut otherwise than here; nothing of it is taken then.
         """
+        if portion.piece is not None:
+            whole = self._source(portion.source).gather(portion.piece)
+            return [] if whole is None else self.feed(whole, at)
         for partial in portion.partials:
             self._check(partial)
         self._moving_s, self._now = self._elapsed(at), max(self._now, at)
@@ -324,6 +347,7 @@ class Merger:
                 sources, parts, self._merged, self._closed_before, self._now, self._received_at, self._closed, dict(self.totals),
                 self.late, self.stale, self.missed, self._windows.snapshot(), self.halts,
                 {name: s.still for name, s in self._sources.items() if s.still > -math.inf}, self._fed_at, self._moving_s, self._beats,
+                {name: s.pieces for name, s in self._sources.items() if s.pieces},
             ),
         )  # fmt: skip
 
@@ -355,6 +379,8 @@ class Merger:
         self.halts = found.halts
         for name, until in found.still.items():
             self._sources[name].still = until
+        for name, pieces in found.pieces.items():
+            self._sources[name].pieces = pieces
         self._fed_at, self._moving_s, self._beats = found.fed_at, found.moving_s, found.beats
 
 
@@ -385,6 +411,7 @@ class _State(msgspec.Struct, array_like=True, frozen=True):
     fed_at: float = -math.inf
     moving_s: float = 0.0
     beats: bool = False
+    pieces: dict[str, dict[int, list[Piece]]] = {}
 
 
 __all__ = ["STALL_S", "Merged", "Merger"]

@@ -7,6 +7,7 @@ Portions may come twice, and again with other borders; `merging.Merger` takes ea
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -90,6 +91,16 @@ class Halt(msgspec.Struct, frozen=True, array_like=True):
         return self.bad / self.of if self.of else 1.0
 
 
+class Piece(msgspec.Struct, frozen=True, array_like=True):
+    """Some bytes of a portion that is too large for a record: piece `number` of `of`."""
+
+    number: int
+    of: int
+    crc: int
+    """Of all its bytes: pieces of another portion do not fit."""
+    data: bytes
+
+
 class Portion(msgspec.Struct, frozen=True, kw_only=True):
     """What a source said in the records `first` to `last`; `last < first` when only time has passed.
 
@@ -119,6 +130,34 @@ class Portion(msgspec.Struct, frozen=True, kw_only=True):
     still: Mapping[str, float] | None = None
     """Told once a second by whoever is at work, however little there is to say: its idle sources, and until when (seconds since the epoch)
     a broker has confirmed that nothing more came in each. None in all other portions."""
+    piece: Piece | None = None
+    """Then this says nothing else, and the portion counts once all its pieces have come, in order."""
+
+
+def encode_in_pieces(portion: Portion, most_bytes: int) -> list[bytes]:
+    """One portion as records, each with little more than `most_bytes`: a window of 100,000 cells has 20 MB."""
+    whole = encode_portion(portion)
+    if len(whole) <= most_bytes:
+        return [whole]
+    datas = [whole[i : i + most_bytes] for i in range(0, len(whole), most_bytes)]
+    crc = zlib.crc32(whole)
+    p = portion
+    return [
+        encode_portion(
+            Portion(
+                source=p.source, first=p.first, last=p.last, idle=p.idle, received_at=p.received_at, piece=Piece(k, len(datas), crc, data)
+            )
+        )
+        for k, data in enumerate(datas)
+    ]  # fmt: skip
+
+
+def put_together(pieces: Sequence[Piece]) -> Portion:
+    """The portion that all its pieces, in order, are of. Raises: PortionError where they do not fit."""
+    whole = b"".join(piece.data for piece in pieces)
+    if zlib.crc32(whole) != pieces[0].crc:
+        raise PortionError("the pieces of a portion do not fit together")
+    return decode_portion(whole)
 
 
 def encode_portion(portion: Portion) -> bytes:
@@ -129,7 +168,7 @@ def encode_portion(portion: Portion) -> bytes:
         (
             p.source, p.first, p.last, p.origin, p.newest, p.watermark, p.idle, p.received_at,
             [pack_partial(x) for x in p.partials], pack_singles(p.singles), p.totals, p.skew_s, list(p.sources),
-            p.halt, p.still,
+            p.halt, p.still, p.piece,
         ),
     )  # fmt: skip
 
@@ -145,7 +184,7 @@ def decode_portion(data: bytes) -> Portion:
             source=raw.source, first=raw.first, last=raw.last, origin=raw.origin, newest=raw.newest, watermark=raw.watermark,
             idle=raw.idle, received_at=raw.received_at, partials=[unpack_partial(x) for x in raw.partials],
             singles=unpack_singles(raw.singles), totals=raw.totals, skew_s=raw.skew_s, sources=raw.sources, halt=raw.halt,
-            still=raw.still,
+            still=raw.still, piece=raw.piece,
         )  # fmt: skip
     except (SnapshotError, msgspec.DecodeError, ValueError, IndexError) as e:
         raise PortionError(f"not a portion that this version reads: {e}") from e
@@ -200,6 +239,7 @@ class _Wire(msgspec.Struct, array_like=True, frozen=True):
     sources: list[str]
     halt: Halt | None = None
     still: dict[str, float] | None = None
+    piece: Piece | None = None
 
 
 def pack_singles(singles: Sequence[Single]) -> PackedSingles:
@@ -311,13 +351,16 @@ __all__ = [
     "PackedPartial",
     "PackedSingles",
     "Partial",
+    "Piece",
     "Portion",
     "PortionError",
     "Single",
     "decode_portion",
+    "encode_in_pieces",
     "encode_portion",
     "pack_partial",
     "pack_singles",
+    "put_together",
     "unpack_partial",
     "unpack_singles",
 ]

@@ -38,7 +38,7 @@ from flyball.streams.kafka.late import late_record
 from flyball.streams.kafka.snapshots import Snapshots
 from flyball.streams.kafka.topics import TAKEN_IN
 from flyball.streams.kafka.watch import Stuck, Watch
-from flyball.streams.portion import Halt, encode_portion
+from flyball.streams.portion import Halt, encode_in_pieces
 from flyball.streams.windows import WindowSettings
 
 ROLE: Final = "windows"
@@ -46,6 +46,7 @@ _SNAPSHOT_BYTES_A_S: Final = 8 << 20
 """Large states are stored less often, so that storing all of them never takes more than this."""
 _BEAT_S: Final = 1.0
 """How often control hears of us, and of our idle partitions, at least."""
+_PIECE: Final = 4 << 20
 _STEP_S: Final = 2.0
 _AGAIN_S: Final = 0.5
 _CLOSE_S: Final = 5.0
@@ -452,10 +453,10 @@ class WindowsRole:
         portion = owned.front.cut(quiet=quiet, sources=sources, still=still)
         if portion is None:
             return []
-        value = encode_portion(portion)
+        values = encode_in_pieces(portion, _PIECE)
         self._counts["portions"] += 1
-        self._counts["portion_bytes"] += len(value)
-        return [await self._writer.send("windows", value, key=portion.source.encode())]
+        self._counts["portion_bytes"] += sum(map(len, values))
+        return [await self._writer.send("windows", v, key=portion.source.encode()) for v in values]
 
     async def _save(self, those: Sequence[_Owned]) -> None:
         """Stores their state. What they have told must have been acknowledged."""
