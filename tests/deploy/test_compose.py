@@ -24,7 +24,7 @@ from tests.processes import eventually, free_port
 from tests.servers.docker_engine import NoEngine, engine
 from tests.servers.kafka_broker import CannotStart
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 WORKERS: Final = 2
 PORTS: Final = ("INGEST_PORT", "CONTROL_PORT", "STANDBY_PORT", "PROMETHEUS_PORT")
 STARTED: Final = ("ingest", "worker", "control-1", "control-2", "prometheus")
