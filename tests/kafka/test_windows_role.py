@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import msgspec
 import pytest
 
+from flyball.core.entities import Entity
 from flyball.core.events import LlmCall
+from flyball.core.incident import IncidentChange, State
 from flyball.streams.kafka.admin import connected
 from flyball.streams.kafka.breaker import PoisonSettings
 from flyball.streams.kafka.config import KafkaConfig
 from flyball.streams.kafka.dead_letters import from_record
-from flyball.streams.portion import Halt
+from flyball.streams.portion import Halt, Portion
+from tests.app._runtime import make_pipeline
 from tests.kafka._topics import records
 from tests.kafka._windows import (
     CALLS,
+    END,
     NOW,
     QUICK,
     WINDOWS,
@@ -261,10 +266,22 @@ def test_a_partition_that_stood_goes_on_when_its_input_is_good_and_has_lost_noth
         told = [p.halt for p in portions if p.source.endswith("calls/0")]
         changes = [b for a, b in itertools.pairwise([None, *told]) if (a is None) != (b is None)]
         assert [isinstance(c, Halt) for c in changes] == [True, False], "told once, and once that it is over"
+        incidents = [c.incident for c in control(portions)]
+        assert len({i.id for i in incidents}) == 1
+        assert (incidents[0].root, incidents[0].signal) == (Entity("stream", "flyball"), "stream.poison")
+        assert incidents[0].evidence["record"] == 80, "as many bad ones as good ones before it"
+        assert incidents[-1].state is State.RESOLVED
 
     run(go())
     letters = [dict(r.headers)["offset"] for r in records(config, ["dead-letters"])]
     assert sorted(map(int, letters)) == list(range(40, 110)), "each bad one, once"
+
+
+def control(portions: Sequence[Portion]) -> list[IncidentChange]:
+    """What is said of incidents when the portions come, and in the minutes after."""
+    pipeline = make_pipeline()
+    found = [c for p in portions for c in pipeline.feed_portion(p, END).changes]
+    return found + [c for s in range(0, 200, 10) for c in pipeline.tick(END + s).changes]
 
 
 def members(config: KafkaConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from tests.kafka._windows import (
     running,
     said_until,
 )
+from tests.kafka._workers import worker
 from tests.servers.kafka_broker import CannotStart, Cluster, running_cluster
 from tests.servers.kafka_ways import new_prefix
 
@@ -141,6 +143,16 @@ def test_the_process_that_hosts_it_ends_with_it(groupless: Cluster) -> None:
 
     run(go())
     assert others == ["stopped in order"]
+
+
+def test_the_command_ends_with_one_line_that_says_why(groupless: Cluster, tmp_path: Path) -> None:
+    config = fresh(groupless, 1)
+    settings = {"KAFKA_STUCK_S": "3", "KAFKA_PARTITIONS": "1"}
+    with worker(config, tmp_path, "--roles", "windows", **settings) as running_one:
+        assert running_one.process.wait(60) == 1
+        lines = [x for x in running_one.said().splitlines() if not x.startswith("{")]
+    (said,) = lines
+    assert re.search(r"group could not be joined for \d+ s \(group " + config.group("windows"), said)
 
 
 def test_a_member_without_partitions_is_not_stuck_and_takes_over_when_one_leaves(own_kafka: Cluster) -> None:
