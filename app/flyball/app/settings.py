@@ -197,7 +197,7 @@ class KafkaSettings(BaseModel):
     )
     stall_s: Positive = Field(
         30.0,
-        description="Longest wait for a partition that nobody reads; what it tells later of closed windows is counted as late.",
+        description="Longest wait for a partition that nobody reads, while others are read; what it tells later of closed windows is counted as late.",
     )
     snapshot_s: Positive = Field(
         5.0,
