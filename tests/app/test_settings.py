@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from flyball.app.settings import Settings, is_loopback, load, unknown_variables
+from flyball.app.wiring import pipeline_config
 from flyball.core.errors import ConfigError
 
 
@@ -217,3 +218,13 @@ def test_paths_of_the_command_line_count_from_where_one_stands(tmp_path: Path) -
     config = tmp_path / "flyball.yaml"
     config.write_text("data: state\n")
     assert load(config, environ={}, data=Path("here")).data == Path("here")
+
+
+def test_what_concerns_the_window_stage_reaches_it_and_what_cannot_be_is_refused() -> None:
+    environ = {"FLYBALL_KAFKA": "k:9092", "FLYBALL_KAFKA_STALL_S": "7", "FLYBALL_KAFKA_POISON_RATIO": "0.25"}
+    found = loaded(environ=environ)
+    assert (found.kafka.stall_s, found.kafka.poison_ratio) == (7.0, 0.25)
+    assert pipeline_config(found).stall_s == 7.0
+    said = refusal(environ={"FLYBALL_KAFKA_POISON_RATIO": "2", "FLYBALL_KAFKA_STUCK_S": "0"})
+    assert "poison_ratio" in said
+    assert "stuck_s" in said

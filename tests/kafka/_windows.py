@@ -57,7 +57,9 @@ def put(
 ) -> None:  # fmt: skip
     """Writes records to one partition, each acknowledged before the next call of this returns."""
     own = [] if received_at is None else [("received_at", str(received_at).encode())]
-    producer = KafkaProducer(**config.for_kafka_python(), acks="all", enable_idempotence=True)
+    producer = KafkaProducer(
+        **config.for_kafka_python(), acks="all", enable_idempotence=True, compression_type="gzip"
+    )
     try:
         for v, key in itertools.zip_longest(values, keys):
             producer.send(config.topic(topic), v, key=key, partition=partition, headers=[*own, *headers])

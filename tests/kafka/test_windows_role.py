@@ -70,6 +70,20 @@ def test_two_of_a_group_share_the_partitions_and_lose_or_double_nothing_as_they_
     run(go())
 
 
+def test_a_backlog_of_full_records_is_taken_in_turns(kafka_config: KafkaConfig) -> None:
+    """Between them portions are told and state is stored, and no more is held at once."""
+    config, all_calls = made(kafka_config, 1), calls(0, 40_000, step_s=0.001)
+    put_calls(config, 1, all_calls, a_record=100)
+
+    async def go() -> None:
+        async with running(config, replace(QUICK, cut_s=0.005)) as role:
+            portions = await said_until(config, ends(config, 1, 400), role)
+            await role.end()
+        assert len([p for p in portions if p.first <= p.last]) >= 3
+
+    run(go())
+
+
 def test_after_a_sudden_end_the_newest_snapshot_is_read_on_from(kafka_config: KafkaConfig) -> None:
     config, all_calls = made(kafka_config, 2), calls(0, 600)
 

@@ -47,6 +47,9 @@ _SNAPSHOT_BYTES_A_S: Final = 8 << 20
 _BEAT_S: Final = 1.0
 """How often control hears of us, and of our idle partitions, at least."""
 _PIECE: Final = 4 << 20
+_FIRST_RECORDS: Final = 100
+_TURN_EVENTS: Final = 20_000
+"""Taken in a turn, about: some 50 ms of work, so that portions, snapshots and stops are never far, nor much is held at once."""
 _STEP_S: Final = 2.0
 _AGAIN_S: Final = 0.5
 _CLOSE_S: Final = 5.0
@@ -61,7 +64,7 @@ class RoleSettings:
     snapshot_s: how often changed state is stored, at most.
     idle_s: a partition read to its end that had nothing for so long is told to be idle.
     stuck_s: without progress for so long while there is something to read, or out of the group, the role ends.
-    most: records read at once.
+    most: records read at once, where they hold few events each.
     poison: when a partition stands because too much of it is bad.
     """
 
@@ -165,6 +168,7 @@ class WindowsRole:
         """What went wrong while partitions were given away: the client would only log it."""
         self._cut_at = self._beat_at = 0.0
         self._doing = "starting"
+        self._most = min(self._settings.most, _FIRST_RECORDS)
         self._watch = Watch(
             self._reader, config.group(ROLE), self._settings.stuck_s, self._settings.cut_s,
             at=lambda: {p: o.following for p, o in self._owned.items()},
@@ -199,7 +203,7 @@ class WindowsRole:
             await self._reader.start()
             while not stop.is_set():
                 self._doing = "reading"
-                reading = asyncio.ensure_future(self._reader.read(self._settings.most, 0.1))
+                reading = asyncio.ensure_future(self._reader.read(self._most, 0.1))
                 # While the group is shared out anew, `read` takes as long as that.
                 await asyncio.wait([reading, stopping], return_when=asyncio.FIRST_COMPLETED)
                 if not reading.done():
@@ -311,7 +315,7 @@ class WindowsRole:
     # --- records ----------------------------------------------------------------------------------------------------
 
     async def _take(self, found: Mapping[Place, Sequence[Record]]) -> None:
-        aside = _Aside()
+        aside, before = _Aside(), self._counts.copy()
         self._doing = "taking records"
         for place, records in found.items():
             owned = self._owned.get(place)
@@ -323,6 +327,10 @@ class WindowsRole:
                 if not self._feed(owned, some, aside):
                     break
                 await asyncio.sleep(0)  # heartbeats share this loop
+        taken = self._counts - before
+        if taken["records"]:
+            at_once = _TURN_EVENTS * taken["records"] // max(taken["events"], 1)
+            self._most = max(1, min(self._settings.most, at_once))
         if aside.letters or aside.late:
             await self._put_aside(aside)
 
