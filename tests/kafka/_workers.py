@@ -139,7 +139,7 @@ class Worker:
 
     def until(self, check: Any, deadline_s: float = 90.0) -> Any:
         """The first true result of `check()`; fails with the end of the log when the process has ended or the time is over."""
-        found = eventually(lambda: self.process.poll() is not None or check(), deadline_s)
+        found = eventually(lambda: self.process.poll() is not None or check(), deadline_s, every_s=0.5)
         assert self.process.poll() is None, f"exit {self.process.poll()}: {self.said()}"
         assert found, f"{self.status()}\n{self.said()}"
         return found

@@ -127,8 +127,6 @@ def test_what_is_no_portion_is_put_aside_told_and_stops_nothing(kafka: Kafka, tm
         )
         assert control.stop() == 0, control.said()
     assert "elsewhere" not in json.dumps(incident)
-    with worker(config, tmp_path) as control:
-        control.until(lambda: control.get("/readyz"))
     (letter,) = newest(config, 10)
     assert (letter.topic, letter.partition, letter.offset, letter.reason, letter.body) == (
         config.topic("windows"), 0, 0, "portion", b"no portion",

@@ -12,7 +12,12 @@ from tests.kafka._workers import database, just_now, produce, worker
 from tests.servers.kafka_ways import Kafka
 
 
-@pytest.mark.parametrize("killed", [False, True], ids=["undisturbed", "killed"])
+@pytest.mark.parametrize(
+    ("where", "killed"),
+    [("sqlite", False), ("postgres", True)],
+    indirect=["where"],
+    ids=["undisturbed", "killed"],
+)
 def test_the_worker_finds_what_the_embedded_run_finds(
     kafka: Kafka, tmp_path: Path, where: Path | str, killed: bool
 ) -> None:
