@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,11 +82,14 @@ def begin(seconds: int) -> int:
 
 
 def fill(
-    config: KafkaConfig, second: Sequence[bytes], seconds: int, lines_a_record: int, compression: str | None, partitions: int = PARTITIONS
+    config: KafkaConfig, lines_of: Callable[[int], Sequence[bytes]], seconds: int, lines_a_record: int, compression: str | None,
+    partitions: int = PARTITIONS,
 ) -> int:  # fmt: skip
     """Writes so many seconds of calls to the topic of calls, dealt to its partitions in turn. Returns how many calls."""
+    written = 0
 
     async def go() -> None:
+        nonlocal written
         client = AIOKafkaProducer(
             **config.for_aiokafka(), acks=1, compression_type=compression, max_batch_size=_BATCH_BYTES
         )
@@ -94,7 +97,8 @@ def fill(
         try:
             begun = begin(seconds)
             for number in range(seconds):
-                now = moved(second, begun + number, number)
+                now = moved(lines_of(number), begun + number, number)
+                written += len(now)
                 await asyncio.gather(
                     *(
                         lane(client, p, joined(now[p::partitions], lines_a_record), begun + number + 1)
@@ -114,7 +118,7 @@ def fill(
         await (await client.send_batch(batch, topic, partition=partition))
 
     asyncio.run(go())
-    return seconds * len(second)
+    return written
 
 
 def joined(values: Sequence[bytes], lines_a_record: int) -> Sequence[bytes]:

@@ -4,6 +4,7 @@
     aiokafka, confluent               fetch and decode alone, with that client
     chain-aiokafka, chain-confluent   fetch → decode → windows → portions → merged windows → detectors, one step after the other
     worker                            the same as `flyball worker` with all roles does it: with portions by Kafka, log, snapshots, commits
+    windows                           the role windows alone, from when it has CALLS partitions to when they are read to their ends
     faust                             a plain Faust agent that decodes and counts
 
 The last line of output is `{"calls", "cpu_s", "wall_s", …}`; starting up is not in it.
@@ -250,6 +251,34 @@ async def as_a_worker(config: Config, calls: int) -> dict[str, Any]:
         return await done
 
 
+async def as_window_worker(config: Config, partitions: int) -> dict[str, Any]:
+    from flyball.app.kafka_windows import make_windows_role
+    from flyball.app.settings import Settings
+    from flyball.app.wiring import make_formats
+    from flyball.streams.kafka.worker import Worker
+
+    settings = Settings()
+    role = make_windows_role(config, settings, make_formats(settings, b"benchmark"))
+    worker = Worker(config, {"windows": role.run})
+
+    async def until_done() -> dict[str, Any]:
+        while not (len(owned(role.figures().owned)) == partitions and role.figures().events):
+            await asyncio.sleep(0.01)
+        spent, before = Spent(), role.figures().events
+        while any(role.figures().lag.get(place, 1) for place in owned(role.figures().owned)):
+            await asyncio.sleep(0.05)
+        found = spent.told(role.figures().events - before)
+        worker.stop()
+        return found
+
+    def owned(places: Sequence[str]) -> list[str]:
+        return [place for place in places if place.startswith(config.topic(CALLS))]
+
+    done = asyncio.create_task(until_done())
+    await worker.run()
+    return await done
+
+
 def with_faust(config: KafkaConfig, calls: int) -> dict[str, Any]:
     """The first `calls` of them."""
     import faust
@@ -284,9 +313,13 @@ def with_faust(config: KafkaConfig, calls: int) -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> None:
     what, bootstrap, prefix, own, calls = arguments
     logging.disable(logging.ERROR)
-    pin(cores()[0])
+    pin(cores()[0] if what != "windows" else None)
     config = Config(bootstrap, prefix=own, source=prefix)
     n = int(calls)
+    if what.startswith(("chain", "w")):
+        from flyball.app.worker import calm_collector
+
+        calm_collector()
     if what == "faust":
         found = with_faust(config, n)
     else:
@@ -296,6 +329,7 @@ def main(arguments: Sequence[str]) -> None:
             "chain-aiokafka": lambda: chained(aiokafka_records(config), config, n),
             "chain-confluent": lambda: chained(confluent_records(config), config, n),
             "worker": lambda: as_a_worker(config, n),
+            "windows": lambda: as_window_worker(config, n),
         }
         found = asyncio.run(passes[what]())
     print(json.dumps(found), flush=True)

@@ -148,7 +148,7 @@ def run() -> list[Row]:
             for kind, bar, a_record in (("many a record", BAR_MANY, _LINES), ("one a record", BAR_ONE, 1)):
                 config = KafkaConfig(cluster.bootstrap, prefix=f"{kind.split()[0]}.")
                 topics(config)
-                calls = fill(config, second, _SECONDS, a_record, compression)
+                calls = fill(config, lambda _: second, _SECONDS, a_record, compression)
                 rows += compared(config, kind, bar, calls)
             rows += beside(config, next(r["value"] for r in rows if r["name"].startswith(kind)))
     except CannotStart as e:
