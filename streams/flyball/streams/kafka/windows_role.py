@@ -28,13 +28,15 @@ from flyball.core.codec import SnapshotError
 from flyball.core.errors import ConfigError
 from flyball.core.events import Batch
 from flyball.streams.front import Front
-from flyball.streams.kafka.breaker import Breaker, PoisonSettings
+from flyball.streams.kafka.breaker import Breaker
 from flyball.streams.kafka.client import GroupReader, KafkaError, Place, Record, Writer
 from flyball.streams.kafka.config import KafkaConfig
 from flyball.streams.kafka.dead_letters import KafkaLetter, to_headers
 from flyball.streams.kafka.intake import Decode, Intake, Lines, slices
 from flyball.streams.kafka.late import TOPIC as LATE
 from flyball.streams.kafka.late import late_record
+from flyball.streams.kafka.owned import Owned
+from flyball.streams.kafka.role import RoleFigures, RoleSettings
 from flyball.streams.kafka.snapshots import Snapshots
 from flyball.streams.kafka.topics import TAKEN_IN
 from flyball.streams.kafka.watch import Stuck, Watch
@@ -50,82 +52,10 @@ _PIECE: Final = 4 << 20
 _FIRST_RECORDS: Final = 100
 _TURN_EVENTS: Final = 20_000
 """Taken in a turn, about: some 50 ms of work, so that portions, snapshots and stops are never far, nor much is held at once."""
-_STEP_S: Final = 2.0
 _AGAIN_S: Final = 0.5
 _CLOSE_S: Final = 5.0
 _NONE: Final = np.empty(0, np.int64)
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class RoleSettings:
-    """Args:
-    cut_s: how often a portion is sent.
-    snapshot_s: how often changed state is stored, at most.
-    idle_s: a partition read to its end that had nothing for so long is told to be idle.
-    stuck_s: without progress for so long while there is something to read, or out of the group, the role ends.
-    most: records read at once, where they hold few events each.
-    poison: when a partition stands because too much of it is bad.
-    """
-
-    cut_s: float = 0.5
-    snapshot_s: float = 5.0
-    idle_s: float = 2.0
-    stuck_s: float = 60.0
-    most: int = 5000
-    poison: PoisonSettings = field(default_factory=PoisonSettings)
-
-
-@dataclass(frozen=True, slots=True)
-class RoleFigures:
-    """How the role stands; counters are since the process began.
-
-    By partition: `lag` (records that wait), `halts` (those that stand, and why), `state_bytes` (newest snapshot of each).
-    """
-
-    records: int
-    events: int
-    rejected: Mapping[str, int]
-    """By reason."""
-    late: int
-    portions: int
-    portion_bytes: int
-    snapshots: int
-    snapshot_bytes: int
-    rebalances: int
-    stopped: int
-    """How often a partition came to stand."""
-    owned: Sequence[str]
-    lag: Mapping[str, int]
-    halts: Mapping[str, Halt]
-    state_bytes: Mapping[str, int]
-
-
-@dataclass(slots=True)
-class _Owned:
-    """A partition of ours."""
-
-    place: Place
-    front: Front
-    breaker: Breaker
-    saved: tuple[int, Halt | None] | None = None
-    """Newest record and halt in the stored snapshot."""
-    saved_at: float = 0.0
-    state_bytes: int = 0
-    committed: int = -1
-    heard_at: float = 0.0
-    confirmed_at: float | None = None
-    """When a broker last said that there is nothing more."""
-    quiet_s: float = 0.0
-    """For how long the partition has been known to be read to its end."""
-    received_at: float | None = None
-    stands_until: float | None = None
-    """Not read before then: too much was bad."""
-    resumed_at: float = 0.0
-
-    @property
-    def following(self) -> int:
-        return self.front.last + 1
 
 
 @dataclass(slots=True)
@@ -159,7 +89,7 @@ class WindowsRole:
         self._reader = GroupReader(config, ROLE, TAKEN_IN, self._assigned, self._revoked)
         self._writer = Writer(config)
         self._snapshots = Snapshots(config, self._writer)
-        self._owned: dict[Place, _Owned] = {}
+        self._owned: dict[Place, Owned] = {}
         self._busy = asyncio.Lock()
         """Held while fronts are fed, cut or stored, so that a partition is not given away in the middle."""
         self._coming: asyncio.Task[None] | None = None
@@ -273,7 +203,7 @@ class WindowsRole:
             await _all([sent for one in owned for sent in await self._send(one, sources)])
         _log.info("partitions.taken", partitions=[str(p) for p in places])
 
-    async def _restored(self, place: Place, state: bytes | None, begin: int) -> _Owned:
+    async def _restored(self, place: Place, state: bytes | None, begin: int) -> Owned:
         breaker = Breaker(self._settings.poison)
         if state is not None:
             front = Front(str(place), self._windows)
@@ -283,11 +213,11 @@ class WindowsRole:
                 _log.warning("state.unreadable", partition=str(place), why=str(e))
             else:
                 # Without its last arrival no time would pass in it until the next record.
-                return _Owned(
+                return Owned(
                     place, front, breaker, (front.last, front.halt), state_bytes=len(state), received_at=front.received_at
                 )  # fmt: skip
         committed = await self._reader.committed(place)
-        return _Owned(place, Front(str(place), self._windows, origin=max(committed or 0, begin)), breaker)
+        return Owned(place, Front(str(place), self._windows, origin=max(committed or 0, begin)), breaker)
 
     async def _revoked(self, places: list[Place]) -> None:
         self._watch.waits("the group could not be joined")
@@ -306,7 +236,7 @@ class WindowsRole:
     async def _hand_over(self) -> None:
         """All of ours: the group takes all away before it shares them out anew."""
         self._doing = "handing over"
-        used = [o for o in self._owned.values() if o.saved is not None or o.front.last >= 0]
+        used = [o for o in self._owned.values() if o.used]
         await _all([sent for owned in used for sent in await self._send(owned)])
         await self._save(used)
         await self._commit()
@@ -334,7 +264,7 @@ class WindowsRole:
         if aside.letters or aside.late:
             await self._put_aside(aside)
 
-    def _feed(self, owned: _Owned, records: Sequence[Record], aside: _Aside) -> bool:
+    def _feed(self, owned: Owned, records: Sequence[Record], aside: _Aside) -> bool:
         """False when the partition stands now, before the first of the records that is not taken."""
         front, place = owned.front, owned.place
         read = self._intake.read(place, records, owned.breaker)
@@ -371,7 +301,7 @@ class WindowsRole:
 
     # --- poison -----------------------------------------------------------------------------------------------------
 
-    def _stand(self, owned: _Owned, halt: Halt) -> None:
+    def _stand(self, owned: Owned, halt: Halt) -> None:
         self._counts["stopped"] += 1
         owned.front.halt = owned.front.halt or halt
         owned.stands_until = time.monotonic() + self._settings.poison.retry_s
@@ -390,14 +320,10 @@ class WindowsRole:
                 owned.breaker.forget()
                 self._reader.seek(owned.place, owned.following)
                 self._reader.resume([owned.place])
-            elif (
-                owned.front.halt is not None
-                and owned.stands_until is None
-                and now - owned.resumed_at >= self._settings.poison.retry_s
-            ):
+            elif owned.front.halt is not None and owned.at_its_end_s >= self._settings.poison.retry_s:
                 self._go_well(owned)  # few came since, which says nothing against them
 
-    def _go_well(self, owned: _Owned) -> None:
+    def _go_well(self, owned: Owned) -> None:
         owned.front.halt = None
         _log.info("partition.goes_well", partition=str(owned.place), offset=owned.front.last)
 
@@ -405,7 +331,8 @@ class WindowsRole:
 
     async def _tell(self, now: float) -> None:
         self._try_again(now)
-        self._let_time_pass()
+        for owned in self._owned.values():
+            owned.pass_time(self._watch.ends.get(owned.place), self._settings.cut_s)
         self._doing = "writing portions"
         sent: list[Awaitable[Any]] = []
         still = self._still(now)
@@ -418,28 +345,10 @@ class WindowsRole:
             [
                 o
                 for o in self._owned.values()
-                if o.saved != (o.front.last, o.front.halt)
-                and (o.saved is not None or o.front.last >= 0)
-                and now - o.saved_at >= max(self._settings.snapshot_s, pause_s)
+                if o.changed and now - o.saved_at >= max(self._settings.snapshot_s, pause_s)
             ]
         )
         await self._commit()
-
-    def _let_time_pass(self) -> None:
-        """Partitions without news: a broker has to say that they are read to the end before time may pass in them."""
-        for owned in self._owned.values():
-            end = self._watch.ends.get(owned.place)
-            if end is None or end.asked_at - owned.heard_at < self._settings.cut_s:
-                continue
-            if end.offset > owned.following:
-                owned.confirmed_at, owned.quiet_s = None, 0.0
-            elif owned.confirmed_at is None or end.asked_at > owned.confirmed_at:
-                if owned.confirmed_at is not None:
-                    # A broker that did not answer for half a minute says nothing about that half minute.
-                    owned.quiet_s += min(end.asked_at - owned.confirmed_at, _STEP_S)
-                owned.confirmed_at = end.asked_at
-                if owned.received_at is not None:
-                    owned.front.tick(owned.received_at + owned.quiet_s)
 
     def _still(self, now: float) -> dict[str, float] | None:
         """Our idle partitions, and until when nothing came in them; None where that was told a moment ago."""
@@ -454,7 +363,7 @@ class WindowsRole:
         }
 
     async def _send(
-        self, owned: _Owned, sources: Sequence[str] = (), still: Mapping[str, float] | None = None
+        self, owned: Owned, sources: Sequence[str] = (), still: Mapping[str, float] | None = None
     ) -> list[Awaitable[Any]]:
         """Puts a portion on its way, if there is anything to say."""
         quiet = owned.quiet_s >= self._settings.idle_s
@@ -466,7 +375,7 @@ class WindowsRole:
         self._counts["portion_bytes"] += sum(map(len, values))
         return [await self._writer.send("windows", v, key=portion.source.encode()) for v in values]
 
-    async def _save(self, those: Sequence[_Owned]) -> None:
+    async def _save(self, those: Sequence[Owned]) -> None:
         """Stores their state. What they have told must have been acknowledged."""
         self._doing = "storing state"
         sent: list[Any] = []
@@ -483,15 +392,8 @@ class WindowsRole:
             owned.saved, owned.saved_at = (owned.front.last, owned.front.halt), time.monotonic()
 
     async def _commit(self) -> None:
-        """Up to the first record of the oldest open window, and never past what is stored."""
         self._doing = "committing"
-        due = {
-            place: n
-            for place, owned in self._owned.items()
-            if owned.saved is not None
-            and owned.saved[0] >= 0
-            and (n := min(owned.front.needed_from, owned.saved[0] + 1)) > owned.committed
-        }
+        due = {p: o.safe for p, o in self._owned.items() if o.saved is not None and o.safe > o.committed}
         if due and await self._reader.commit(due):
             for place, n in due.items():
                 self._owned[place].committed = n
