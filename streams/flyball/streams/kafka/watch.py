@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from flyball.core.errors import FlyballError
-from flyball.streams.kafka.client import GroupReader, KafkaError, Place
+from flyball.streams.kafka.client import KafkaError, Place
 
 _ASK_S: Final = 2.0
-_STEP_S: Final = 5.0
-"""More than one turn takes. A longer one means that this process stood still, not that the brokers did."""
 
 
 class Stuck(FlyballError):
@@ -30,6 +28,13 @@ class End:
     """Monotonic seconds, just before it was asked: all before that is in `offset`."""
     offset: int
     """That the next record will have."""
+
+
+class Asked(Protocol):
+    """What is wanted of a `GroupReader`."""
+
+    def sources(self) -> list[Place]: ...
+    async def ends(self, places: Iterable[Place]) -> dict[Place, int]: ...
 
 
 @dataclass(slots=True)
@@ -50,15 +55,17 @@ class Watch:
         at: what is owned, and the offset that each goes on with.
         standing: those of them that stand on purpose.
         doing: what the role is at, for the message.
+        step_s: most that one turn counts for. A longer one means that this process stood still, not that the brokers did.
     """
 
-    reader: GroupReader
+    reader: Asked
     group: str
     stuck_s: float
     every_s: float
     at: Callable[[], Mapping[Place, int]]
     standing: Callable[[], Collection[Place]]
     doing: Callable[[], str]
+    step_s: float = 5.0
     ends: dict[Place, End] = field(default_factory=dict)
     _now: float = 0.0
     _answered_at: float = 0.0
@@ -93,7 +100,7 @@ class Watch:
             await asyncio.sleep(self.every_s)
             await self._ask()
             now = time.monotonic()
-            self._now += min(now - before, _STEP_S)
+            self._now += min(now - before, self.step_s)
             before = now
             if why := self._stuck():
                 raise Stuck(why)
