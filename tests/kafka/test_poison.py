@@ -15,9 +15,12 @@ from flyball.core.errors import ConfigError
 from flyball.core.events import LlmCall
 from flyball.core.ports import Decoded, Rejected
 from flyball.streams.formats.native import NativeNdjson
+from flyball.streams.front import Front
 from flyball.streams.kafka.breaker import Breaker, PoisonSettings
 from flyball.streams.kafka.client import Place
 from flyball.streams.kafka.intake import Intake, Read, slices
+from flyball.streams.kafka.owned import Owned
+from flyball.streams.kafka.watch import End
 from tests.kafka._windows import NOW, calls, line
 
 PLACE = Place("flyball.llm-calls", 3)
@@ -280,3 +283,15 @@ def test_settings_and_headers_say_the_format() -> None:
     assert decoder("changes", b"", {"content-type": b"application/x-protobuf"}).events[0].at == NOW
     assert decoder.lines("changes", ndjson)
     assert not decoder.lines("changes", {})
+
+
+def test_that_little_came_counts_for_a_partition_only_once_a_broker_says_that_nothing_more_waits() -> None:
+    owned = Owned(PLACE, Front(str(PLACE)), Breaker(STRICT), heard_at=100.0, resumed_at=100.0)
+    owned.pass_time(End(100.2, owned.following), 0.5)
+    assert owned.at_its_end_s == 0.0, "asked too soon"
+    owned.pass_time(End(101.0, owned.following), 0.5)
+    assert owned.at_its_end_s == 1.0
+    owned.pass_time(End(150.0, owned.following), 0.5)
+    assert (owned.at_its_end_s, owned.quiet_s) == (50.0, 2.0), "silence of the broker is not the partition's"
+    owned.pass_time(End(151.0, owned.following + 3), 0.5)
+    assert (owned.at_its_end_s, owned.quiet_s) == (0.0, 0.0)
