@@ -1,4 +1,4 @@
-"""The port to a Kafka client: what a role needs of one, and aiokafka behind it."""
+"""The port to a Kafka client: what a role needs of one, and aiokafka behind it (docs/adr/0006 says why)."""
 
 from __future__ import annotations
 
