@@ -1,4 +1,4 @@
-"""The images that docker-compose.yml stands on, where none can be pulled: a small Debian, and on it what each of them is.
+"""The images that docker-compose.yml stands on, where none can be pulled: a small Debian, and on it the programs of this machine.
 
 A stand-in keeps what the public image promises: user, folders, variables, programs, ports. Versions and size differ.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -19,22 +20,22 @@ from typing import Final
 from tests.deploy.compose import variables
 from tests.servers.docker_engine import Engine, NoEngine
 from tests.servers.kafka_broker import cache, jars
+from tests.servers.kafka_container import copy_tree, libraries
+from tests.servers.postgres import programs
 
 _BASE: Final = "flyball-test/debian"
-_PACKAGES: Final = (
-    "ca-certificates",
-    "openjdk-17-jre-headless",
-    "postgresql",
-    "prometheus",
-    "python3",
-    "python3-venv",
-)
+_PACKAGES: Final = ("ca-certificates", "python3", "python3-venv")
 _LEFT_OUT: Final = (
-    "var/cache/apt/*", "var/lib/apt/lists/*", "var/lib/postgresql/*", "usr/share/doc/*", "usr/share/man/*", "usr/share/javascript/*",
-    "usr/share/locale/*", "usr/share/fonts/*", "usr/lib/postgresql/*/lib/llvmjit.so", "usr/lib/postgresql/*/lib/bitcode/*",
-    "usr/lib/*/libLLVM*", "usr/lib/*/libz3*",
-)  # fmt: skip
-"""Half of it. PostgreSQL does without its compiler where that is not there."""
+    "var/cache/apt/*",
+    "var/lib/apt/lists/*",
+    "usr/share/doc/*",
+    "usr/share/man/*",
+    "usr/share/locale/*",
+)
+_OF_DEBIAN: Final = re.compile(
+    r"(ld-linux|libc|libm|libpthread|libdl|librt|libresolv|libgcc_s|libstdc\+\+)[-.]"
+)
+"""Libraries that the small Debian has, and that fit to each other only as they come."""
 _AUTHORITIES: Final = "/etc/ssl/certs/of-this-machine.pem"
 
 _PYTHON: Final = f"""
@@ -46,6 +47,8 @@ ENV PIP_CERT={_AUTHORITIES} SSL_CERT_FILE={_AUTHORITIES}
 
 _KAFKA: Final = f"""
 FROM {_BASE}
+COPY root /
+RUN ldconfig && ln -s /usr/lib/jvm/*/bin/java /usr/local/bin/java
 RUN useradd --uid 1000 appuser && mkdir -p /opt/kafka/defaults /opt/kafka/mounted /opt/kafka/config /var/lib/kafka/data
 COPY libs /opt/kafka/libs
 COPY run.sh /opt/kafka/run.sh
@@ -65,7 +68,9 @@ _KAFKA_LOGGING: Final = "Configuration:\n  Appenders: {}\n  Loggers:\n    Root:\
 
 _POSTGRES: Final = f"""
 FROM {_BASE}
-RUN ln -s /usr/lib/postgresql/*/bin/* /usr/local/bin/ && mkdir -p /var/lib/postgresql/data && chown postgres /var/lib/postgresql/data && chmod 3777 /run/postgresql
+COPY root /
+RUN ldconfig && ln -s /usr/lib/postgresql/*/bin/* /usr/local/bin/ && useradd postgres && mkdir -p /var/lib/postgresql/data /run/postgresql \
+ && chown postgres /var/lib/postgresql/data && chmod 3777 /run/postgresql
 COPY run.sh /run.sh
 VOLUME /var/lib/postgresql/data
 ENTRYPOINT ["/bin/bash", "/run.sh"]
@@ -84,6 +89,7 @@ exec postgres -D "$PGDATA" -c 'listen_addresses=*' -c fsync=off
 
 _PROMETHEUS: Final = f"""
 FROM {_BASE}
+COPY root /
 RUN mkdir /prometheus && chown nobody /prometheus
 VOLUME /prometheus
 USER nobody
@@ -112,6 +118,8 @@ def _python(own: Engine, folder: Path) -> str:
 
 
 def _kafka(own: Engine, folder: Path) -> str:
+    java = _program("java").resolve()
+    _take(folder / "kafka", [java], [java.parent.parent])
     shutil.copytree(jars(), folder / "kafka/libs")
     files = {
         "run.sh": _KAFKA_RUN,
@@ -123,10 +131,14 @@ def _kafka(own: Engine, folder: Path) -> str:
 
 
 def _postgres(own: Engine, folder: Path) -> str:
+    bin_folder = programs()
+    shared = Path("/usr/share/postgresql") / bin_folder.parent.name
+    _take(folder / "postgres", list(bin_folder.iterdir()), [bin_folder.parent, shared])
     return _build(own, folder / "postgres", _POSTGRES, {"run.sh": _POSTGRES_RUN})
 
 
 def _prometheus(own: Engine, folder: Path) -> str:
+    _take(folder / "prometheus", [_program("prometheus"), _program("promtool")], [])
     return _build(own, folder / "prometheus", _PROMETHEUS, {})
 
 
@@ -136,6 +148,28 @@ _MAKERS: Final = {
     "POSTGRES_IMAGE": _postgres,
     "PROMETHEUS_IMAGE": _prometheus,
 }
+
+
+def _program(name: str) -> Path:
+    found = shutil.which(name)
+    if found is None:
+        raise NoEngine(f"no image can be pulled, and making one needs {name}, which is not installed")
+    return Path(found)
+
+
+def _take(context: Path, found: list[Path], folders: list[Path]) -> None:
+    """Programs and folders of this machine at the places that they have here, with the libraries that they load."""
+    root = context / "root"
+    for folder in folders:
+        copy_tree(folder, root, leave_out=("jmods", "src.zip", "demo", "man", "docs", "bitcode", "llvmjit*"))
+    modules = [m for folder in folders for m in folder.rglob("*.so") if not m.name.startswith("llvmjit")]
+    needed = {x for x in libraries([*found, *modules]) if not _OF_DEBIAN.match(x.name)}
+    for file in {*found, *needed}:
+        # Debian's /lib is a link to /usr/lib, which a folder must not take the place of.
+        target = root / (file.parent.resolve() / file.name).relative_to("/")
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
 
 
 def _build(own: Engine, context: Path, dockerfile: str, files: Mapping[str, str]) -> str:

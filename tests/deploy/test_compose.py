@@ -21,8 +21,8 @@ from tests.conftest import require_server
 from tests.deploy.compose import Compose, command, panel_queries, variables
 from tests.deploy.stand_ins import prepare
 from tests.processes import eventually, free_port
+from tests.servers import kafka_broker, postgres
 from tests.servers.docker_engine import NoEngine, engine
-from tests.servers.kafka_broker import CannotStart
 
 pytestmark = pytest.mark.timeout(1800)
 WORKERS: Final = 2
@@ -108,7 +108,7 @@ def cluster() -> Iterator[Cluster]:
             own = stack.enter_context(engine())
             command()
             images = prepare(own)
-        except (NoEngine, CannotStart) as e:
+        except (NoEngine, kafka_broker.CannotStart, postgres.CannotStart) as e:
             require_server("docker compose", str(e))
             raise
         ports = {name: str(free_port()) for name in PORTS}

@@ -98,11 +98,11 @@ def make_image(own: Engine, name: str) -> None:
         root = Path(folder)
         for name_ in ("opt/kafka/defaults", "opt/kafka/mounted", "opt/kafka/config", "tmp", "bin"):
             (root / name_).mkdir(parents=True, exist_ok=True)
-        _copy(home, root, leave_out=("jmods", "src.zip", "demo", "man", "docs"))
-        _copy(jars(), root / "opt/kafka/libs", whole_path=False)
+        copy_tree(home, root, leave_out=("jmods", "src.zip", "demo", "man", "docs"))
+        copy_tree(jars(), root / "opt/kafka/libs", whole_path=False)
         shell = Path(shutil.which("sh") or "/bin/sh").resolve()
         shutil.copy(shell, root / "bin/sh")
-        for library in _libraries([java, shell, *home.rglob("*.so")]):
+        for library in libraries([java, shell, *home.rglob("*.so")]):
             target = root / library.relative_to("/")
             target.parent.mkdir(parents=True, exist_ok=True)
             if not target.exists():
@@ -119,13 +119,13 @@ def make_image(own: Engine, name: str) -> None:
             raise NoEngine(f"the stand-in for {name} cannot be made: {done.stderr[-500:]}")
 
 
-def _copy(source: Path, root: Path, *, leave_out: tuple[str, ...] = (), whole_path: bool = True) -> None:
+def copy_tree(source: Path, root: Path, *, leave_out: tuple[str, ...] = (), whole_path: bool = True) -> None:
     """Follows links, as much of Debian's Java lies elsewhere; a link to nowhere is left out."""
     target = root / source.relative_to("/") if whole_path else root
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*leave_out), ignore_dangling_symlinks=True)
 
 
-def _libraries(programs: list[Path]) -> set[Path]:
+def libraries(programs: list[Path]) -> set[Path]:
     """What the loader would load for these."""
     listed = subprocess.run(["ldd", *map(str, programs)], capture_output=True, text=True).stdout
     return {Path(p) for p in re.findall(r"(?:=> |^\s+)(/\S+) \(0x", listed, re.M)}
