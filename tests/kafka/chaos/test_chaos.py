@@ -1,8 +1,9 @@
 """Workers, standby and brokers that come, go, die and hang under load: the result is that of the embedded run on the same input.
 
 Compared with ADR 5 in hand: every cell of every window, events, late ones and copies, anomalies, incidents and the course of each, directives,
-what was decided to be done and what came of it, as far as it has come. Not compared: the moments of all these, and how often a guard said "not
-yet", since guards are asked at ticks, which fall otherwise between the events. Also: what the database holds after all its owners against its
+what was decided to be done and what came of it, as far as it has come. Not compared: the moments of all these, what follows from them (which later
+anomalies are consequences of our own redirect), and how often a guard said "not yet", since guards are asked at ticks, which fall otherwise between
+the events. Also: what the database holds after all its owners against its
 own log, read from the beginning.
 """
 
