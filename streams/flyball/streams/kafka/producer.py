@@ -70,6 +70,7 @@ class ProducerSettings:
     batch_bytes: records that go to a partition together, before compression.
     compression: the client compresses lz4 at its highest level, ten times slower than zstd at its default and no smaller.
     acknowledged_s: after so long without an acknowledgement the sender is told.
+    request_s: as long as the client tries to send a batch.
     """
 
     record_bytes: int = 64 << 10
@@ -78,6 +79,7 @@ class ProducerSettings:
     batch_bytes: int = 256 << 10
     compression: Literal["lz4", "zstd"] = "zstd"
     acknowledged_s: float = 30.0
+    request_s: float = _REQUEST_S
 
 
 class Part(NamedTuple):
@@ -264,7 +266,7 @@ class Producer:
             acks="all",
             compression_type=self._settings.compression,
             max_batch_size=self._batch_bytes,
-            request_timeout_ms=int(_REQUEST_S * 1000),
+            request_timeout_ms=int(self._settings.request_s * 1000),
             metadata_max_age_ms=60_000,
         )
         self._gone[client] = self._loop.create_future()
