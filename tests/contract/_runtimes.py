@@ -27,7 +27,7 @@ from flyball.app.kafka_windows import Decoder
 from flyball.app.pipeline import Pipeline
 from flyball.app.portions import PortionFeed
 from flyball.app.replay import Replay, Source
-from flyball.app.settings import Settings
+from flyball.app.settings import KafkaSettings, Settings
 from flyball.app.store import store
 from flyball.app.wiring import make_formats, pipeline_config
 from flyball.app.writer import Limits
@@ -47,9 +47,12 @@ from tests.processes import eventually
 
 T = TypeVar("T")
 ROOM = Limits(pending_bytes=64 << 10)
+SLOWEST_S = 40.0
+"""More than the slowest sender is waited for, and a window."""
 PARTITIONS = 3
 _native = NativeNdjson()
-_SETTINGS = Settings.model_construct(runbooks=[])
+# A minute of these tests passes in a moment: nobody has stalled for that.
+_SETTINGS = Settings.model_construct(runbooks=[], kafka=KafkaSettings(stall_s=3600.0))
 
 
 @dataclass
@@ -138,8 +141,11 @@ class Runtime(ABC):
     def _arrives(self, events: Sequence[Event], received_at: float) -> float:
         """When it arrived: a moment after its newest event, unless said otherwise."""
         at = received_at or max(e.at for e in events) + 0.25
-        self.clock.at = max(self.clock.at, at)
+        self._is_at_least(at)
         return at
+
+    def _is_at_least(self, at: float) -> None:
+        self.clock.at = max(self.clock.at, at)
 
     def _counted(self, pipeline: Pipeline) -> Seen:
         heard = self._heard
@@ -313,7 +319,7 @@ class OnKafka(Runtime):
             self._stop = asyncio.Event()
             windows = WindowsRole(
                 self.config, Decoder(_SETTINGS, make_formats(_SETTINGS, b"key of the tests")),
-                pipeline_config(_SETTINGS).windows, self._PACE,
+                pipeline_config(_SETTINGS).windows, self._PACE, clock=self.clock.now,
             )  # fmt: skip
             control = PortionFeed(self._runtime, self.config)
             self._tasks = [asyncio.ensure_future(r.run(self._stop)) for r in (windows, control)]
@@ -346,8 +352,11 @@ class OnKafka(Runtime):
         return found
 
     def offer(self, events: list[Event], sender: str = "gateway", received_at: float = 0.0) -> Future[int]:
-        at = self._arrives(events, received_at)
-        return self._call(lambda: self._intake.ingest(events, sender, at))
+        at = received_at or max(e.at for e in events) + 0.25
+        taken = self._call(lambda: self._intake.ingest(events, sender, at))
+        # Not before: whoever sees an empty partition tells that it was empty until now.
+        taken.add_done_callback(lambda _: self._is_at_least(at))
+        return taken
 
     def give_lines(self, body: bytes) -> None:
         """As somebody else writes them to a topic, all in one record."""
@@ -390,6 +399,8 @@ class OnKafka(Runtime):
         ).result(30)
         self.clock.at = to
         assert self._runtime.wait_for(self._runtime.tick(to).result(30))
+        # Not before the worker has said again, some time after `to`, that its partitions are empty.
+        assert eventually(lambda: self._runtime.ask(lambda p: p.watermark).result(30) >= to - SLOWEST_S, 60)
 
     def restart(self) -> None:
         """The windows' state and what was told of them are those of a moment ago: read again from there."""

@@ -317,6 +317,33 @@ def test_the_word_that_an_idle_source_is_still_read_lets_time_pass_in_it() -> No
         assert len(m.feed(told(Front("a", SMALL), still={"b": 1013.0}), 1014.0)) == 1
 
 
+def one_is_empty() -> tuple[Front, Front, Merger]:
+    """`b` had a call at 995, and its window has closed by time alone: at 1016 it is empty."""
+    settings = WindowSettings(lateness_s=2.0, max_delay_s=15.0, max_cells=500)
+    a, b, merger = Front("a", settings), Front("b", settings), Merger(settings, stall_s=30.0)
+    merger.feed(told(b, call(995.0), sources=BOTH), 996.0)
+    merger.feed(told(a, call(1014.0)), 1016.0)
+    b.tick(1016.0)
+    assert len(merger.feed(told(b, quiet=True, still={"b": 1016.0}), 1016.0)) == 1
+    return a, b, merger
+
+
+def test_what_a_sender_held_back_is_not_late_in_a_partition_that_was_empty_meanwhile() -> None:
+    a, b, merger = one_is_empty()
+    # A sender to both sends what it gathered over five seconds, and `b` is read a moment after `a`.
+    assert merger.feed(told(a, call(1022.0), call(1023.0), still={"b": 1023.9}), 1024.0) == []
+    out = merger.feed(told(b, call(1019.0), call(1022.9)), 1024.5)
+    assert [w.cells.calls.sum() for w in out if isinstance(w, Window)] == [2]
+    assert merger.late == 0
+
+
+def test_a_partition_that_stays_empty_is_waited_for_as_long_as_exporters_hold_calls_back() -> None:
+    a, _, merger = one_is_empty()
+    assert merger.feed(told(a, call(1040.0), still={"b": 1026.9}), 1041.0) == []
+    (window,) = merger.feed(told(a, still={"b": 1027.0}), 1041.5)
+    assert isinstance(window, Window)
+
+
 def test_single_events_come_in_order_of_time_and_windows_between_them() -> None:
     a, b, merger = two()
     late_step = AgentStep(at=1012.5, run="b")

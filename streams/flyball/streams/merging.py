@@ -24,7 +24,7 @@ import msgspec
 
 from flyball.core.codec import pack_state, unpack_state
 from flyball.core.columns import Window
-from flyball.core.events import TYPE_NAMES, Batch, Event
+from flyball.core.events import TYPE_NAMES, Batch, Event, LlmCall
 from flyball.streams.portion import (
     Halt,
     PackedPartial,
@@ -45,11 +45,14 @@ from flyball.streams.windows import WindowMerger, WindowSettings, WindowStats
 STALL_S: Final = 30.0
 _SILENCE_S: Final = 5.0
 """Of a silence of all sources no more than this counts as time in which one of them could have moved."""
+_HELD_S: Final = 5.0
+"""How long exporters hold calls back as they are shipped: LiteLLM's callback and OpenTelemetry's batches for five seconds."""
 _KEPT_WINDOWS: Final = 64
 """Merged windows of which is known what went into them, to tell a repetition from what came too late."""
 _UNFINISHED: Final = 4
 """Portions of a source in pieces that are remembered; only one can be on its way, and one of whoever had the source before."""
 _TYPES: Final = frozenset(TYPE_NAMES.values())
+_CALLS: Final = TYPE_NAMES[LlmCall]
 
 Merged: TypeAlias = "Window | Batch"
 """A closed window, or single events that come before whatever follows."""
@@ -150,7 +153,7 @@ class Merger:
         if portion.sources:
             source.moved_at = self._moving_s  # somebody has just taken it on
         if portion.still is not None:
-            self._hear_of(portion.still)
+            self._hear_of(portion.still, at)
         self._count(source, portion)
         if portion.last < source.last:
             self.stale += 1
@@ -188,12 +191,13 @@ class Merger:
         before = max(self._parts, default=-1) + 1
         return self._take(before, (math.inf, ""), math.inf)
 
-    def _hear_of(self, still: Mapping[str, float]) -> None:
+    def _hear_of(self, still: Mapping[str, float], at: float) -> None:
         self._beats = True
         for name, until in still.items():
             source = self._source(name)
             if source.idle:
-                source.still, source.moved_at = max(source.still, until), self._moving_s
+                # Not later than it is here: a worker whose clock is ahead would make what others read late.
+                source.still, source.moved_at = max(source.still, min(until, at)), self._moving_s
 
     def _elapsed(self, now: float) -> float:
         """Time in which somebody was at work. While nobody says anything (all workers are down, or the brokers are), nobody stalls: or else
@@ -245,7 +249,7 @@ class Merger:
         elapsed_s = self._elapsed(self._now)
         # An idle source holds back what lies after the last word about it: whoever reads it may have died since.
         holding = [
-            (s.still, name, s.still) if s.idle else (s.reached, name, s.watermark)
+            (s.still if s.idle else s.reached, name, self._complete_until(s))
             for name, s in self._sources.items()
             if elapsed_s < s.moved_at + self.stall_s and not (s.idle and s.still == -math.inf)
         ]
@@ -263,6 +267,18 @@ class Merger:
         # A single event stays behind the first window that is still open, or their order would be that of arrival.
         until = math.inf if not holding else -math.inf if before is None else self._place(before)
         return self._take(before, limit, until)
+
+    def _complete_until(self, source: _Source) -> float:
+        """Event time up to which nothing more of a source is expected.
+
+        That an idle one is empty says when its next record will come at the earliest, not how old the calls in it will be then.
+        """
+        if not source.idle:
+            return source.watermark
+        if not source.totals.get(_CALLS):
+            return source.still
+        held_s = min(self.settings.lateness_s + _HELD_S, self.settings.max_delay_s)
+        return max(source.watermark, source.still - held_s)
 
     def _place(self, number: int) -> float:
         """Where a window stands among the keys of single events: as if one sender had sent everything."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -29,6 +30,8 @@ class Owned:
     heard_at: float = 0.0
     confirmed_at: float | None = None
     """When a broker last said that there is nothing more."""
+    empty_until: float = -math.inf
+    """The same in wall time."""
     quiet_s: float = 0.0
     """For how long the partition has been known to be read to its end."""
     received_at: float | None = None
@@ -75,7 +78,7 @@ class Owned:
             if self.confirmed_at is not None:
                 # A broker that did not answer for half a minute says nothing about that half minute.
                 self.quiet_s += min(end.asked_at - self.confirmed_at, _STEP_S)
-            self.confirmed_at = end.asked_at
+            self.confirmed_at, self.empty_until = end.asked_at, end.wall
             if self.received_at is not None:
                 self.front.tick(self.received_at + self.quiet_s)
 

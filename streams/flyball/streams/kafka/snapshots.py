@@ -78,7 +78,9 @@ class Snapshots:
             _log.warning("state.unreadable", partition=str(place), why=f"not a mark: {e}")
             return None
         self._slots[place] = mark.slot
-        state = b"".join(newest.get(f"{self._name(place)}#{mark.slot}.{k}") or b"" for k in range(mark.chunks))
+        state = b"".join(
+            newest.get(f"{self._name(place)}#{mark.slot}.{k}") or b"" for k in range(mark.chunks)
+        )
         if zlib.crc32(state) != mark.checksum:
             _log.warning("state.unreadable", partition=str(place), why="pieces of it are missing or damaged")
             return None
@@ -91,12 +93,16 @@ class Snapshots:
         chunks = [state[i : i + _CHUNK] for i in range(0, len(state), _CHUNK)]
         had = self._chunks.get((place, slot), 0)
         sent = [
-            await self._writer.send(TOPIC, chunk, key=f"{self._name(place)}#{slot}.{k}".encode(), partition=which)
+            await self._writer.send(
+                TOPIC, chunk, key=f"{self._name(place)}#{slot}.{k}".encode(), partition=which
+            )
             for k, chunk in enumerate(chunks)
         ]
         # Removed before the mark: what is left of a longer one would stay for ever.
         sent += [
-            await self._writer.send(TOPIC, None, key=f"{self._name(place)}#{slot}.{k}".encode(), partition=which)
+            await self._writer.send(
+                TOPIC, None, key=f"{self._name(place)}#{slot}.{k}".encode(), partition=which
+            )
             for k in range(len(chunks), had)
         ]
         mark = msgspec.msgpack.encode(_Mark(slot, len(chunks), last, zlib.crc32(state)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ class End:
     """Monotonic seconds, just before it was asked: all before that is in `offset`."""
     offset: int
     """That the next record will have."""
+    wall: float = -math.inf
+    """Seconds since the epoch when it was asked."""
 
 
 class Asked(Protocol):
@@ -56,6 +59,7 @@ class Watch:
         standing: those of them that stand on purpose.
         doing: what the role is at, for the message.
         step_s: most that one turn counts for. A longer one means that this process stood still, not that the brokers did.
+        clock: wall time, the same as that of arrivals.
     """
 
     reader: Asked
@@ -66,6 +70,7 @@ class Watch:
     standing: Callable[[], Collection[Place]]
     doing: Callable[[], str]
     step_s: float = 5.0
+    clock: Callable[[], float] = time.time
     ends: dict[Place, End] = field(default_factory=dict)
     _now: float = 0.0
     _answered_at: float = 0.0
@@ -118,12 +123,12 @@ class Watch:
             # A partition without a leader makes all of them wait: one by one, the others answer.
 
     async def _ends(self, places: Sequence[Place]) -> dict[Place, End]:
-        asked_at = time.monotonic()
+        asked_at, wall = time.monotonic(), self.clock()
         try:
             found = await asyncio.wait_for(self.reader.ends(places), _ASK_S)
         except (KafkaError, TimeoutError):
             return {}
-        return {p: End(asked_at, offset) for p, offset in found.items()}
+        return {p: End(asked_at, offset, wall) for p, offset in found.items()}
 
     def _stuck(self) -> str:
         """Why the process should end; empty while it should not."""

@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -47,6 +47,8 @@ ROLE: Final = "windows"
 _SNAPSHOT_BYTES_A_S: Final = 8 << 20
 """Large states are stored less often, so that storing all of them never takes more than this."""
 _BEAT_S: Final = 1.0
+_ON_ITS_WAY_S: Final = 1.0
+"""How long a record may take from its arrival at ingest to its partition."""
 """How often control hears of us, and of our idle partitions, at least."""
 _PIECE: Final = 4 << 20
 _FIRST_RECORDS: Final = 100
@@ -72,6 +74,7 @@ class WindowsRole:
     Args:
         decode: bytes to events.
         lines: whether values of a topic, with these headers, are lines of which any may be read together.
+        clock: wall time, the same as that of arrivals; only says until when a partition is empty.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class WindowsRole:
         settings: RoleSettings | None = None,
         *,
         lines: Lines = lambda _topic, _headers: False,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._config, self._windows = config, windows
         self._settings = settings or RoleSettings()
@@ -103,7 +107,7 @@ class WindowsRole:
             self._reader, config.group(ROLE), self._settings.stuck_s, self._settings.cut_s,
             at=lambda: {p: o.following for p, o in self._owned.items()},
             standing=lambda: [p for p, o in self._owned.items() if o.stands_until is not None],
-            doing=lambda: self._doing,
+            doing=lambda: self._doing, clock=clock,
         )  # fmt: skip
         self._counts: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
@@ -355,9 +359,8 @@ class WindowsRole:
         if now - self._beat_at < _BEAT_S:
             return None
         self._beat_at = now
-        ahead_s = time.time() - now
         return {
-            str(o.place): o.confirmed_at + ahead_s
+            str(o.place): o.empty_until - _ON_ITS_WAY_S
             for o in self._owned.values()
             if o.confirmed_at is not None and o.quiet_s >= self._settings.idle_s
         }
