@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flyball.app.kafka_windows import Decoder
+from flyball.app.scrub import scrub
 from flyball.app.settings import Settings
 from flyball.core.errors import ConfigError
 from flyball.core.events import LlmCall
@@ -18,7 +19,7 @@ from flyball.streams.formats.native import NativeNdjson
 from flyball.streams.front import Front
 from flyball.streams.kafka.breaker import Breaker, PoisonSettings
 from flyball.streams.kafka.client import Place
-from flyball.streams.kafka.intake import Intake, Read, slices
+from flyball.streams.kafka.intake import Intake, Kept, Read, slices
 from flyball.streams.kafka.owned import Owned
 from flyball.streams.kafka.watch import End
 from tests.kafka._windows import NOW, calls, line
@@ -256,6 +257,21 @@ def test_bytes_that_no_record_can_hold_are_left_out_of_the_letter() -> None:
     (letter,) = found.letters
     assert (letter.body, letter.size) == (None, (8 << 20) + 1)
     assert "see the topic" in letter.detail
+
+
+@pytest.mark.parametrize("kept", [scrub, lambda _body: None], ids=["scrubbed", "nothing"])
+def test_a_letter_keeps_no_content(kept: Kept) -> None:
+    def refuses(topic: str, value: bytes, headers: Mapping[str, bytes]) -> Decoded:
+        return Decoded([], [Rejected("type", "startTime is no time", value)])
+
+    body = b'{"startTime": "x", "messages": [{"content": "private"}]}'
+    found = Intake("flyball.", refuses, lambda _t, _h: False, kept).read(
+        PLACE, records(body), Breaker(PoisonSettings())
+    )
+    (letter,) = found.letters
+    assert letter.size == len(body)
+    assert (letter.body is None) == (kept is not scrub)
+    assert b"private" not in (letter.body or b"")
 
 
 @settings(deadline=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from flyball.app.scrub import scrub
 from flyball.app.settings import Settings
 from flyball.app.wiring import pipeline_config
 from flyball.core.ports import Decoded, Format
@@ -45,7 +46,14 @@ def make_windows_role(config: KafkaConfig, settings: Settings, formats: Mapping[
         poison=PoisonSettings(k.poison_ratio, k.poison_least, k.poison_window_s, k.poison_retry_s),
     )  # fmt: skip
     decoder = Decoder(settings, formats)
-    return WindowsRole(config, decoder, pipeline_config(settings).windows, role, lines=decoder.lines)
+    kept = scrub if settings.retention.dead_letter_bytes else _nothing
+    return WindowsRole(
+        config, decoder, pipeline_config(settings).windows, role, lines=decoder.lines, kept=kept
+    )
+
+
+def _nothing(_body: bytes) -> None:
+    """Of dead letters without bytes."""
 
 
 __all__ = ["Decoder", "make_windows_role"]

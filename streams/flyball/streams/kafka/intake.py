@@ -31,6 +31,9 @@ Decode = Callable[[str, bytes, Mapping[str, bytes]], Decoded]
 Lines = Callable[[str, Mapping[str, bytes]], bool]
 """(topic without prefix, headers) → whether a value is lines, one event each, so that the values of several records can be read at once."""
 
+Kept = Callable[[bytes], bytes | None]
+"""Bytes of what could not be taken → what may be kept of them; None where a setting keeps nothing."""
+
 Headers = Sequence[tuple[str, bytes]]
 
 
@@ -82,10 +85,11 @@ class Intake:
         prefix: of the names of topics.
         decode: bytes to events.
         lines: which values may be read several at once: five times as fast where a record is a single line.
+        kept: what of rejected bytes a dead letter keeps.
     """
 
-    def __init__(self, prefix: str, decode: Decode, lines: Lines) -> None:
-        self._prefix, self._decode, self._lines = prefix, decode, lines
+    def __init__(self, prefix: str, decode: Decode, lines: Lines, kept: Kept = bytes) -> None:
+        self._prefix, self._decode, self._lines, self._kept = prefix, decode, lines, kept
 
     def read(self, place: Place, records: Sequence[Record], breaker: Breaker) -> Read:
         topic = place.topic.removeprefix(self._prefix)
@@ -126,7 +130,7 @@ class Intake:
                 found.halt = breaker.halt(r.offset, at)
                 return found
             found.part(headers).take(decoded.events, [r.offset], [len(decoded.events)], at)
-            found.letters += [_letter(place, r, bad, at) for bad in decoded.rejected]
+            found.letters += [self._letter(place, r, bad, at) for bad in decoded.rejected]
             found.received_at, found.last = max(found.received_at, at), r.offset
             found.taken += 1
         return found
@@ -139,15 +143,14 @@ class Intake:
                 [], [Rejected("decoder_raised", f"The format raised {type(e).__name__}.", value, -1)]
             )
 
-
-def _letter(place: Place, record: Record, bad: Rejected, at: float) -> KafkaLetter:
-    kept, detail = len(bad.data) <= _LETTER_BYTES, bad.detail
-    if not kept:
-        detail += " Its bytes are more than a record holds; see the topic."
-    return KafkaLetter(
-        topic=place.topic, partition=place.partition, offset=record.offset, reason=bad.reason, detail=detail, at=at,
-        size=len(bad.data), body=bad.data if kept else None, index=bad.index, headers=tuple(record.headers),
-    )  # fmt: skip
+    def _letter(self, place: Place, record: Record, bad: Rejected, at: float) -> KafkaLetter:
+        body, detail = self._kept(bad.data), bad.detail
+        if body is not None and len(body) > _LETTER_BYTES:
+            body, detail = None, f"{detail} Its bytes are more than a record holds; see the topic."
+        return KafkaLetter(
+            topic=place.topic, partition=place.partition, offset=record.offset, reason=bad.reason, detail=detail, at=at,
+            size=len(bad.data), body=body, index=bad.index, headers=tuple(record.headers),
+        )  # fmt: skip
 
 
 def _alike(records: Sequence[Record]) -> Mapping[Headers, Sequence[Record]]:
@@ -203,4 +206,4 @@ def arrival(record: Record) -> float:
     return record.timestamp / 1000.0
 
 
-__all__ = ["Decode", "Headers", "Intake", "Lines", "Part", "Read", "arrival", "arrivals", "slices"]
+__all__ = ["Decode", "Headers", "Intake", "Kept", "Lines", "Part", "Read", "arrival", "arrivals", "slices"]

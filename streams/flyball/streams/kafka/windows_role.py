@@ -32,7 +32,7 @@ from flyball.streams.kafka.breaker import Breaker
 from flyball.streams.kafka.client import GroupReader, KafkaError, Place, Record, Writer
 from flyball.streams.kafka.config import KafkaConfig
 from flyball.streams.kafka.dead_letters import KafkaLetter, to_headers
-from flyball.streams.kafka.intake import Decode, Intake, Lines, slices
+from flyball.streams.kafka.intake import Decode, Intake, Kept, Lines, slices
 from flyball.streams.kafka.late import TOPIC as LATE
 from flyball.streams.kafka.late import late_record
 from flyball.streams.kafka.owned import Owned
@@ -74,6 +74,7 @@ class WindowsRole:
     Args:
         decode: bytes to events.
         lines: whether values of a topic, with these headers, are lines of which any may be read together.
+        kept: what of rejected bytes a dead letter keeps.
         clock: wall time, the same as that of arrivals; only says until when a partition is empty.
     """
 
@@ -85,11 +86,12 @@ class WindowsRole:
         settings: RoleSettings | None = None,
         *,
         lines: Lines = lambda _topic, _headers: False,
+        kept: Kept = bytes,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._config, self._windows = config, windows
         self._settings = settings or RoleSettings()
-        self._intake = Intake(config.prefix, decode, lines)
+        self._intake = Intake(config.prefix, decode, lines, kept)
         self._reader = GroupReader(config, ROLE, TAKEN_IN, self._assigned, self._revoked)
         self._writer = Writer(config)
         self._snapshots = Snapshots(config, self._writer)
