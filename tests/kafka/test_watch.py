@@ -104,6 +104,13 @@ def test_who_has_nothing_to_do_or_does_it_is_not_stuck(role: Role) -> None:
     assert role.brokers.asked > 3
 
 
+def test_who_stores_a_large_state_meanwhile_is_at_work() -> None:
+    role = Role(Brokers({A: 10}), {A: 5})
+    role.brokers.on_asked = lambda _: role.watch.at_work()
+    assert role.stuck() == ""
+    assert role.watch.lag() == {A: 5}
+
+
 def test_a_partition_without_a_leader_ends_nothing_and_hides_nothing() -> None:
     role = Role(Brokers({A: 10, B: 10}, leaderless={A}), {A: 5, B: 10})
     assert role.stuck() == ""

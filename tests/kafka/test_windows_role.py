@@ -126,6 +126,9 @@ def test_time_goes_on_in_a_partition_that_was_taken_over_although_nothing_more_c
             while not any(p.partials for p in await said(config)):
                 await second.until(lambda: True)
                 await asyncio.sleep(0.1)
+            told = await said(config)
+        windows, _ = merge(told)
+        assert_same(windows, in_one_piece(all_calls))
 
     run(go())
 

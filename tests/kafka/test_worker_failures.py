@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from tests.conftest import require_server
 from tests.kafka._windows import (
     CALLS,
     QUICK,
+    Running,
     assert_same,
     calls,
     end,
@@ -41,20 +42,17 @@ def fresh(cluster: Cluster, partitions: int) -> KafkaConfig:
     return made(cluster.config(prefix=new_prefix()), partitions)
 
 
-def test_a_broker_that_pauses_ends_no_worker_and_loses_nothing(own_kafka: Cluster) -> None:
-    """Longer than a session: the broker puts the member out of its group when it wakes."""
-    config, all_calls, (node,) = fresh(own_kafka, 2), calls(0, 400), own_kafka.nodes
+def loses_nothing(
+    config: KafkaConfig, disturb: Callable[[Running], Awaitable[None]], after: int = 200
+) -> None:
+    """A worker that is disturbed once `after` of 400 calls were read counts them as one that was not."""
+    all_calls = calls(0, 400)
 
     async def go() -> None:
         put_calls(config, 2, all_calls[:200])
         async with running(config) as role:
-            await role.until(lambda: role.role.figures().events >= 200)
-            node.pause()
-            try:
-                await asyncio.sleep(12.0)
-                assert not role.task.done()
-            finally:
-                node.resume()
+            await role.until(lambda: role.role.figures().events >= after)
+            await disturb(role)
             await asyncio.to_thread(put_calls, config, 2, all_calls[200:])
             await asyncio.to_thread(end, config, 2)
             portions = await said_until(config, {f"{config.topic(CALLS)}/{p}": 51 for p in (0, 1)}, role)
@@ -64,30 +62,35 @@ def test_a_broker_that_pauses_ends_no_worker_and_loses_nothing(own_kafka: Cluste
         assert (merger.totals["llm_call"], merger.stats.late, merger.missed) == (402, 0, 0)
 
     run(go())
+
+
+def test_a_broker_that_pauses_ends_no_worker_and_loses_nothing(own_kafka: Cluster) -> None:
+    """Longer than a session: the broker puts the member out of its group when it wakes."""
+    node = own_kafka.nodes[0]
+
+    async def pause(role: Running) -> None:
+        node.pause()
+        try:
+            await asyncio.sleep(12.0)
+            assert not role.task.done()
+        finally:
+            node.resume()
+
+    loses_nothing(fresh(own_kafka, 2), pause)
 
 
 @pytest.mark.soak
 def test_a_broker_that_is_killed_and_started_again_ends_no_worker_and_loses_nothing(
     own_kafka: Cluster,
 ) -> None:
-    config, all_calls, (node,) = fresh(own_kafka, 2), calls(0, 400), own_kafka.nodes
+    node = own_kafka.nodes[0]
 
-    async def go() -> None:
-        put_calls(config, 2, all_calls[:200])
-        async with running(config) as role:
-            await role.until(lambda: role.role.figures().events >= 100)
-            node.kill()
-            node.start(wait=False)  # on this thread: it lives as long as the one that started it
-            await asyncio.to_thread(node.wait)
-            await asyncio.to_thread(put_calls, config, 2, all_calls[200:])
-            await asyncio.to_thread(end, config, 2)
-            portions = await said_until(config, {f"{config.topic(CALLS)}/{p}": 51 for p in (0, 1)}, role)
-            await role.end()
-        windows, merger = merge(portions)
-        assert_same(windows, in_one_piece(all_calls))
-        assert (merger.totals["llm_call"], merger.stats.late, merger.missed) == (402, 0, 0)
+    async def start_again(role: Running) -> None:
+        node.kill()
+        node.start(wait=False)  # on this thread: it lives as long as the one that started it
+        await asyncio.to_thread(node.wait)
 
-    run(go())
+    loses_nothing(fresh(own_kafka, 2), start_again, after=100)
 
 
 def test_no_broker_that_answers_ends_the_worker_with_that_reason(own_kafka: Cluster) -> None:

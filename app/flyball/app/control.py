@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -84,7 +85,7 @@ class Control:
         runtime = await asyncio.to_thread(make_runtime, self._settings, database, publications_of)
         self.runtime = runtime
         loop, failed = asyncio.get_running_loop(), asyncio.Event()
-        runtime.on_failure = lambda: _set(loop, failed)
+        runtime.on_failure = partial(loop.call_soon_threadsafe, failed.set)
         await asyncio.to_thread(runtime.start)
         _log.info("control.taken", database=database.name, epoch=database.epoch, position=runtime.position)
         try:
@@ -195,11 +196,6 @@ CONTROL_FIGURES: Final[tuple[Figure[Control], ...]] = (
     Figure("flyball_owner_epoch", "Grows with each process that takes control over.", lambda c: c.runtime.database.epoch if c.runtime is not None else 0, "gauge"),
 )  # fmt: skip
 """What the control role shows of itself."""
-
-
-def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    """From another thread."""
-    loop.call_soon_threadsafe(event.set)
 
 
 def _nothing() -> None:

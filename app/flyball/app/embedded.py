@@ -164,9 +164,9 @@ class Embedded:
         self._failure: BaseException | None = None
         self._snapshot_at = 0.0
         self._threads: list[threading.Thread] = []
-        self.on_failure: Callable[[], None] = lambda: None
+        self.on_failure: Callable[[], object] = lambda: None
         """Called once, on the thread that failed."""
-        self.on_publications: Callable[[], None] = lambda: None
+        self.on_publications: Callable[[], object] = lambda: None
         """Called on the writer's thread once more is stored that is to be published."""
         self.ready = False
 

@@ -91,7 +91,7 @@ class Outputs:
         Raises: Stopped when the runtime has ended.
         """
         loop = asyncio.get_running_loop()
-        self._runtime.on_publications = lambda: _set(loop, self._news)
+        self._runtime.on_publications = partial(loop.call_soon_threadsafe, self._news.set)
         publishing, stopping = loop.create_task(self._publish(stop)), loop.create_task(stop.wait())
         try:
             await asyncio.wait({publishing, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -234,11 +234,6 @@ def _headers(owner: int) -> list[tuple[str, bytes]]:
 
 def _deaf() -> None:
     """Nobody waits for news any more."""
-
-
-def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    """From another thread."""
-    loop.call_soon_threadsafe(event.set)
 
 
 def _nothing(_connection: object) -> None:

@@ -193,7 +193,8 @@ class KafkaSettings(BaseModel):
         "`{llm-calls: litellm}`; default `native`.",
     )
     idle_s: Positive = Field(
-        2.0, description="A partition read to its end that had nothing for so long is not waited for."
+        2.0,
+        description="A partition read to its end that had nothing for so long is idle: windows wait for it no longer than exporters hold calls back (some seconds).",
     )
     stall_s: Positive = Field(
         30.0,

@@ -36,6 +36,9 @@ class Overloaded(FlyballError):
         super().__init__(what)
 
 
+_UNWRITABLE: Final = "the log cannot be written; nothing was stored"
+
+
 class Stopped(FlyballError):
     """The runtime takes nothing any more: it was stopped, or one of its threads failed. Nothing was stored."""
 
@@ -157,7 +160,7 @@ class Writer:
                             pass  # nothing was due for long: is this process still the owner?
                 stored = True
         finally:
-            self._refuse(Stopped("the log cannot be written"))
+            self._refuse(Stopped(_UNWRITABLE))
             if not stored:
                 self._answer_nobody(jobs)
 
@@ -275,7 +278,7 @@ class Writer:
                 waiting.append(job)
         for job in waiting:
             if not isinstance(job, Commit) and not job.done.done():
-                job.done.set_exception(Stopped("the log cannot be written; nothing was stored"))
+                job.done.set_exception(Stopped(_UNWRITABLE))
 
 
 def _letter(record: Skipped) -> DeadLetter:

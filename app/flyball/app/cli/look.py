@@ -157,7 +157,7 @@ def _offline_incidents(data: Path, limit: int) -> list[dict[str, Any]]:
 
 
 def _offline_incident(data: Path, incident: str) -> dict[str, Any]:
-    from flyball.app.http.read import assemble_incident
+    from flyball.app.http.history import assemble_incident
 
     with database(data) as c:
         found = assemble_incident(c, incident)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
-from fastapi import APIRouter, HTTPException, Query, Request, Response
+from fastapi import APIRouter, HTTPException, Request, Response
 from pydantic import BaseModel, Field
 
 from flyball.app import views
@@ -14,7 +14,7 @@ from flyball.app.http.answers import json_response
 from flyball.app.http.auth import Auth
 from flyball.app.orders import Command, Order
 from flyball.app.reload import RunbookWatch
-from flyball.app.store import ledger, store
+from flyball.app.store import store
 from flyball.app.text import refusal
 from flyball.core.directives import Approval, Directive, Intervention, Release, StopChange
 from flyball.core.errors import ConfigError
@@ -174,28 +174,6 @@ def _reading(r: APIRouter, runtime: Embedded, auth: Auth, watch: RunbookWatch) -
         if found is None:
             raise HTTPException(404, f"no runbook {name!r}; `GET /v1/runbooks` lists them")
         return json_response(views.runbook(found, figures.ceiling) | {"text": found.text})
-
-    @r.get("/v1/ledger", summary="Every decision and action, refusals included, in order")
-    def ledger_lines(
-        request: Request, incident: str = "", runbook: str = "",
-        kind: Annotated[str, Query(pattern="^(decision|directive|outcome|operation|person)?$")] = "",
-        after: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-        newest: bool = False,
-    ) -> Response:  # fmt: skip
-        auth.check(request, "read")
-        with runtime.reader.connect() as c:
-            return json_response(
-                ledger.list_ledger(c, incident, limit, runbook=runbook, kind=kind, after=after, newest=newest)
-            )
-
-    @r.get("/v1/ledger/{key}", summary="One line of the ledger, by its key or number")
-    def ledger_line(request: Request, key: str) -> Response:
-        auth.check(request, "read")
-        with runtime.reader.connect() as c:
-            found = ledger.get_entry(c, key)
-        if found is None:
-            raise HTTPException(404, f"the ledger has no line {key[:100]!r}; `GET /v1/ledger` lists them")
-        return json_response(found)
 
 
 def _under(stop: StopChange, directive: Directive) -> bool:

@@ -5,23 +5,23 @@ With a database given, incidents and the ledger can be read here too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Final
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Final
 
-from fastapi import APIRouter, FastAPI, HTTPException, Query, Request, Response
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from prometheus_client.registry import Collector
 from sqlalchemy import Connection
 
-from flyball.app import views
-from flyball.app.http import ingest
+from flyball.app.http import history, ingest
 from flyball.app.http.answers import json_response
 from flyball.app.http.auth import Auth
-from flyball.app.http.read import assemble_incident, assemble_status
+from flyball.app.http.read import assemble_status
 from flyball.app.http.server import Background, assemble
 from flyball.app.kafka_ingest import KafkaIngest
 from flyball.app.metrics import Figure, FigureCollector, page
 from flyball.app.settings import Settings
-from flyball.app.store import ledger, store
 from flyball.app.store.database import reading
 from flyball.app.store.owner import DatabaseLost
 from flyball.core.errors import ConfigError
@@ -59,7 +59,7 @@ def taking(
     """The ways in, and what can be read without owning the database."""
     ways_in = ingest.router(ingest.Ingest(intake, intake.encode, formats, settings, auth))
     database = settings.database.get_secret_value()
-    return [ways_in, beside(database, auth)] if database else [ways_in]
+    return [ways_in, history.router(partial(_beside, database), auth)] if database else [ways_in]
 
 
 def health(
@@ -101,50 +101,14 @@ def health(
     return r
 
 
-def beside(database: str, auth: Auth) -> APIRouter:
-    """What can be read from the database without owning it."""
-    r = APIRouter()
-
-    def found(request: Request, read: Callable[[Connection], Any]) -> Response:
-        auth.check(request, "read")
-        try:
-            with reading(database) as c:
-                value = read(c)
-        except (DatabaseLost, ConfigError) as e:
-            return json_response({"error": str(e)}, 503)
-        if value is None:
-            raise HTTPException(404, f"nothing is known of {request.url.path[:200]!r}")
-        return json_response(value)
-
-    @r.get("/v1/incidents", summary="Incidents, newest first")
-    def incidents(
-        request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100, after: str = ""
-    ) -> Response:
-        return found(request, lambda c: [views.incident(i) for i in store.list_incidents(c, limit, after)])
-
-    @r.get("/v1/incidents/{incident_id}", summary="One incident with its history and ledger")
-    def incident(request: Request, incident_id: str) -> Response:
-        return found(request, lambda c: assemble_incident(c, incident_id))
-
-    @r.get("/v1/ledger", summary="Every decision and action, refusals included, in order")
-    def ledger_lines(
-        request: Request, incident: str = "", runbook: str = "",
-        kind: Annotated[str, Query(pattern="^(decision|directive|outcome|operation|person)?$")] = "",
-        after: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-        newest: bool = False,
-    ) -> Response:  # fmt: skip
-        return found(
-            request,
-            lambda c: ledger.list_ledger(
-                c, incident, limit, runbook=runbook, kind=kind, after=after, newest=newest
-            ),
-        )
-
-    @r.get("/v1/ledger/{key}", summary="One line of the ledger, by its key or number")
-    def ledger_line(request: Request, key: str) -> Response:
-        return found(request, lambda c: ledger.get_entry(c, key))
-
-    return r
+@contextmanager
+def _beside(database: str) -> Iterator[Connection]:
+    """A connection to a database that somebody else owns; 503 while it cannot be had."""
+    try:
+        with reading(database) as c:
+            yield c
+    except (DatabaseLost, ConfigError) as e:
+        raise HTTPException(503, str(e)) from e
 
 
 def elsewhere() -> APIRouter:

@@ -6,9 +6,8 @@ import asyncio
 import base64
 from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
-from sqlalchemy import Connection
 
 from flyball.app import views
 from flyball.app.embedded import Embedded
@@ -17,7 +16,7 @@ from flyball.app.http.auth import Auth
 from flyball.app.intake import Edge
 from flyball.app.metrics import exposition
 from flyball.app.reload import RunbookWatch
-from flyball.app.store import acts, ledger, store
+from flyball.app.store import acts, store
 from flyball.core.directives import Enforced
 
 
@@ -103,15 +102,6 @@ def assemble_status(
     }
 
 
-def assemble_incident(c: Connection, incident_id: str) -> dict[str, Any] | None:
-    """One incident with its history and its lines of the ledger; None when there is none."""
-    found = store.get_incident(c, incident_id)
-    if found is None:
-        return None
-    history, entries = store.changes_of(c, incident_id), ledger.list_ledger(c, incident_id)
-    return views.incident(found) | {"history": history, "ledger": entries}
-
-
 def router(
     runtime: Embedded, auth: Auth, watch: RunbookWatch | None = None, edge: Edge[Any] | None = None
 ) -> APIRouter:
@@ -137,23 +127,6 @@ def router(
     def get_status(request: Request) -> Response:
         auth.check(request, "read")
         return json_response(status(runtime, watch, edge))
-
-    @r.get("/v1/incidents", summary="Incidents, newest first")
-    def incidents(
-        request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100, after: str = ""
-    ) -> Response:
-        auth.check(request, "read")
-        with runtime.reader.connect() as c:
-            return json_response([views.incident(i) for i in store.list_incidents(c, limit, after)])
-
-    @r.get("/v1/incidents/{incident_id}", summary="One incident with its history and ledger")
-    def incident(request: Request, incident_id: str) -> Response:
-        auth.check(request, "read")
-        with runtime.reader.connect() as c:
-            found = assemble_incident(c, incident_id)
-        if found is None:
-            raise HTTPException(404, f"no incident {incident_id!r}; `GET /v1/incidents` lists them")
-        return json_response(found)
 
     @r.get("/v1/directives", summary="Leases in force; ETag, If-None-Match, ?wait=SECONDS")
     async def directives(request: Request, wait: Annotated[float, Query(ge=0, le=60)] = 0.0) -> Response:

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flyball.app.embedded import Embedded, Overloaded, Stopped
-from flyball.app.http import act, hooks, ingest, read, slack
+from flyball.app.http import act, history, hooks, ingest, read, slack
 from flyball.app.http.answers import json_response
 from flyball.app.http.auth import Auth
 from flyball.app.http.body import BodyError
@@ -53,6 +53,7 @@ def create_app(
         [
             ingest.router(way_in),
             read.router(runtime, auth, watch, edge),
+            history.router(runtime.reader.connect, auth),
             act.router(runtime, auth, watch),
             hooks.router(runtime, settings),
             slack.router(runtime, settings),

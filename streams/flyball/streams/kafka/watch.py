@@ -92,6 +92,11 @@ class Watch:
         """What is waited for came nearer."""
         self._moved_at = self._now
 
+    def at_work(self) -> None:
+        """Something other than reading got on, such as storing a large state: nothing counts as left lying meanwhile."""
+        for seen in self._seen.values():
+            seen.moved_at = self._now
+
     def lag(self) -> dict[Place, int]:
         """Records that wait in each partition, as far as that is known."""
         return {

@@ -47,9 +47,9 @@ ROLE: Final = "windows"
 _SNAPSHOT_BYTES_A_S: Final = 8 << 20
 """Large states are stored less often, so that storing all of them never takes more than this."""
 _BEAT_S: Final = 1.0
+"""How often control hears of us, and of our idle partitions, at least."""
 _ON_ITS_WAY_S: Final = 1.0
 """How long a record may take from its arrival at ingest to its partition."""
-"""How often control hears of us, and of our idle partitions, at least."""
 _PIECE: Final = 4 << 20
 _FIRST_RECORDS: Final = 100
 _TURN_EVENTS: Final = 20_000
@@ -391,6 +391,7 @@ class WindowsRole:
             self._counts["snapshots"] += 1
             self._counts["snapshot_bytes"] += len(state)
             await asyncio.sleep(0)
+            self._watch.at_work()
         await _all(sent)
         for owned in those:
             # Nothing was fed meanwhile: `_busy` is held.

@@ -1,8 +1,7 @@
 """The Faust application that hosts the roles of a worker.
 
-Faust gives the life of the process: services that start, stop and fail together. The records of the fast topics do not pass through its streams
-(four tasks and eleven callbacks an event; 15,000 a second here), but through the roles' own loops; nor does anything use its
-tables, windows, `concurrency`, `take` or `exactly_once`: docs/adr/0005 lists why.
+Faust gives the life of the process: services that start, stop and fail together. Records do not pass through its streams, but through the roles' own
+loops; nor does anything use its tables, windows, `concurrency`, `take` or `exactly_once`: docs/adr/0007 lists why.
 """
 
 from __future__ import annotations
