@@ -216,12 +216,11 @@ async def as_a_worker(config: Config, calls: int) -> dict[str, Any]:
     from flyball.app.embedded import Figures
     from flyball.app.kafka_windows import make_windows_role
     from flyball.app.portions import PortionFeed
-    from flyball.app.serve import SWITCH_INTERVAL_S, make_runtime
+    from flyball.app.serve import make_runtime
     from flyball.app.settings import Settings
     from flyball.app.wiring import make_formats
     from flyball.streams.kafka.worker import Worker
 
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(data=Path(folder))
         runtime = make_runtime(settings)
@@ -317,9 +316,9 @@ def main(arguments: Sequence[str]) -> None:
     config = Config(bootstrap, prefix=own, source=prefix)
     n = int(calls)
     if what.startswith(("chain", "w")):
-        from flyball.app.worker import calm_collector
+        from flyball.app.serve import calm_interpreter
 
-        calm_collector()
+        calm_interpreter()
     if what == "faust":
         found = with_faust(config, n)
     else:

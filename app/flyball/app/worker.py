@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -29,7 +28,7 @@ from flyball.app.kafka_windows import make_windows_role
 from flyball.app.logs import configure_logging
 from flyball.app.metrics import FigureCollector
 from flyball.app.outputs import WRITTEN as PUBLISHED
-from flyball.app.serve import GRACE_S, SWITCH_INTERVAL_S, Server, listen
+from flyball.app.serve import GRACE_S, Server, calm_interpreter, listen
 from flyball.app.settings import Settings, unknown_variables
 from flyball.app.store.database import Database
 from flyball.app.wiring import hash_key, make_formats
@@ -70,8 +69,7 @@ def work(settings: Settings, roles: Collection[str]) -> int:
     configure_logging()
     # The client tells every failed connection, ten times a second while a broker is away; what it means is told by us, once.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    calm_collector()
+    calm_interpreter()
     for told in unknown_variables(os.environ):
         _log.warning("variable.unknown", what=told)
     topics = {
@@ -85,13 +83,6 @@ def work(settings: Settings, roles: Collection[str]) -> int:
             _log.warning("kafka.differs", what=str(differs))
         database = look_before(settings) if "control" in roles else None
         return asyncio.run(_work(settings, roles, listener, database))
-
-
-def calm_collector() -> None:
-    """Lets Python look for cycles less often: records and the labels of a million series are objects by the million, none in a cycle, and walking
-    over them took a quarter of the time in which a window with new series is judged."""
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
 
 
 async def _work(
@@ -182,4 +173,4 @@ class _Quiet(Server):
         yield
 
 
-__all__ = ["ROLES", "calm_collector", "roles_of", "work"]
+__all__ = ["ROLES", "roles_of", "work"]
