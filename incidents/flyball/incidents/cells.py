@@ -495,7 +495,9 @@ class Cells:
         size = max(256, n)
         self.codes = _grown(np.frombuffer(state["codes"], dtype=np.int32).reshape(width, n), size, 0)
         self.n = n
-        self._index = {self.labels_of(c): c for c in range(n)}
+        columns = zip(self.values, self.codes[:, :n].tolist(), strict=True)
+        labels = zip(*(map(values.__getitem__, codes) for values, codes in columns), strict=True)
+        self._index = dict(zip(labels, range(n), strict=True))
         self._slot_cell = np.frombuffer(state["slot_cell"], dtype=np.int32).copy()
         self._slot_born = np.frombuffer(state["slot_born"], dtype=np.float64).copy()
         self._past = _grown(np.frombuffer(state["past"], dtype=np.float32).reshape(len(COLUMNS), n), size, 0)

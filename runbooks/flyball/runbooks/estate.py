@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -137,30 +138,33 @@ class LiveEstate:
         slots = rows.ids
         unknown = np.flatnonzero((self._slot_cell[slots] < 0) | (self._slot_born[slots] != rows.born))
         if len(unknown):
-            order = [rows.by.index(name) if name in rows.by else -1 for name in BASE_LABELS]
-            found = [self._cell(rows.labels[int(slots[i])], order) for i in unknown]
-            self._slot_cell[slots[unknown]] = found
+            keys = [rows.labels[slot] for slot in slots[unknown].tolist()]
+            if rows.by != BASE_LABELS:
+                order = [rows.by.index(name) if name in rows.by else -1 for name in BASE_LABELS]
+                keys = [tuple(labels[i] if i >= 0 else "" for i in order) for labels in keys]
+            self._slot_cell[slots[unknown]] = self._indices(keys)
             self._slot_born[slots[unknown]] = rows.born[unknown]
         return self._slot_cell[slots]
 
-    def _cell(self, labels: tuple[str, ...], order: list[int]) -> int:
-        key = tuple(labels[i] if i >= 0 else "" for i in order)
-        known = self._cells.get(key)
-        if known is not None:
-            return known
-        index = len(self._cells)
-        if index >= len(self._codes):
-            more = np.zeros((max(256, len(self._codes)), len(BASE_LABELS)), np.int32)
-            self._codes = np.concatenate([self._codes, more])
-        for column, word in enumerate(key):
-            words = self._words[column]
-            if word not in words:
-                words[word] = len(words)
-                self._names[column].append(word)
-            self._codes[index, column] = words[word]
-        self._cells[key] = index
+    def _indices(self, keys: Sequence[tuple[str, ...]]) -> list[int]:
+        """The cell of each key. New ones are added column by column: a restart brings hundreds of thousands."""
+        cells = self._cells
+        begin = len(cells)
+        found = [cells.setdefault(key, len(cells)) for key in keys]
+        if len(cells) == begin:
+            return found
+        if len(cells) > len(self._codes):
+            codes = np.zeros((max(256, 2 * len(self._codes), len(cells)), len(BASE_LABELS)), np.int32)
+            codes[:begin] = self._codes[:begin]
+            self._codes = codes
+        added = dict.fromkeys(key for key, index in zip(keys, found, strict=True) if index >= begin)
+        table = zip(zip(*added, strict=True), self._words, self._names, strict=True)
+        for column, (labels, words, names) in enumerate(table):
+            self._codes[begin : len(cells), column] = [words.setdefault(w, len(words)) for w in labels]
+            newest = list(islice(reversed(words), len(words) - len(names)))
+            names += reversed(newest)
         self._forget_rows()
-        return index
+        return found
 
     def _forget_unused(self) -> None:
         """Rebuilds the table once most of its cells are older than the span: a stream of new labels must not grow it for ever."""
@@ -188,9 +192,7 @@ class LiveEstate:
         self._slot_born = np.full(0, np.nan)
         self._forget_rows()
         self._sum_cache.clear()
-        order = list(range(len(BASE_LABELS)))
-        for key in keys:
-            self._cell(key, order)
+        self._indices(keys)
 
     # --- questions ------------------------------------------------------------------------------------------------
 
@@ -297,19 +299,22 @@ class LiveEstate:
         state = {
             "now": self._now,
             "lag_s": self._lag_s,
-            "cells": list(self._cells),
+            "names": self._names,
+            "codes": self._codes[: len(self._cells)].tobytes(),
             "spans": spans,
             "runs": self._runs.state(),
             "gpus": self._gpus.state(),
         }
-        return pack_state("estate", 2, state)
+        return pack_state("estate", 3, state)
 
     def restore(self, state: bytes) -> None:
         """Raises: SnapshotError when the bytes are of another stage or version."""
-        saved = unpack_state(state, "estate", 2)
+        saved = unpack_state(state, "estate", 3)
         self._now = float(saved["now"])
         self._lag_s = float(saved["lag_s"])
-        self._load_cells([tuple(key) for key in saved["cells"]])
+        codes = np.frombuffer(saved["codes"], np.int32).reshape(-1, len(BASE_LABELS)).T.tolist()
+        words = (map(names.__getitem__, column) for names, column in zip(saved["names"], codes, strict=True))
+        self._load_cells(list(zip(*words, strict=True)))
         self._spans = []
         for start, end, columns in saved["spans"]:
             read = {
