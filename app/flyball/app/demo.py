@@ -58,7 +58,7 @@ SHOWN: Final = {
 def faults(start: float) -> Sequence[AnyFault]:
     """What goes wrong, by the demo's clock. The burn begins within the history: spend is judged over minutes."""
     return (
-        BudgetBurn("t3", 20.0, start - 180.0, start + 360.0),
+        BudgetBurn("t3", 20.0, start - 180.0, start + 240.0),
         ProviderOutage("b", 0.8, start + 20.0, start + 140.0),
         AgentLoop("researcher", start + 60.0, start + 240.0),
     )
