@@ -56,11 +56,12 @@ SHOWN: Final = {
 
 
 def faults(start: float) -> Sequence[AnyFault]:
-    """What goes wrong, by the demo's clock. The burn begins within the history: spend is judged over minutes."""
+    """What goes wrong, by the demo's clock. The burn begins within the history: spend is judged over minutes, and once the provider
+    fails, what a tenant spends may be taken for a part of that."""
     return (
-        BudgetBurn("t3", 20.0, start - 180.0, start + 240.0),
-        ProviderOutage("b", 0.8, start + 20.0, start + 140.0),
-        AgentLoop("researcher", start + 60.0, start + 240.0),
+        BudgetBurn("t3", 20.0, start - 180.0, start + 260.0),
+        ProviderOutage("b", 0.8, start + 90.0, start + 210.0),
+        AgentLoop("researcher", start + 130.0, start + 310.0),
     )
 
 
