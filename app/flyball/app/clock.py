@@ -11,13 +11,11 @@ class SystemClock:
 
 
 class FastClock:
-    """Runs `speed` times as fast as life, for the demo. Stands still, at a full minute, until `go`; reaches the present after `ahead_s`
-    of its own seconds at the earliest: nothing it stamps lies in the future.
-    """
+    """Runs `speed` times as fast as life, for the demo. Stands still at `begin` until `go`."""
 
-    def __init__(self, speed: float, ahead_s: float) -> None:
+    def __init__(self, speed: float, begin: float) -> None:
         self.speed = speed
-        self._begin = (time.time() - ahead_s) // 60.0 * 60.0
+        self._begin = begin
         self._started: float | None = None
 
     def go(self) -> None:

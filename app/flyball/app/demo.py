@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections import Counter, deque
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -40,6 +41,9 @@ from flyball.remediation.render import Audience, Renderer
 
 SPEED: Final = 8.0
 """Seconds of the demo's clock to one of yours: what takes an on-call engineer nine minutes is seen in one."""
+_BEGIN: Final = datetime(2026, 11, 21, 22, 47, tzinfo=UTC).timestamp()
+"""Always the same: traffic depends on the moment, and a tenant as small as the one that burns money is not at every moment heard of enough
+to be judged within the minute that a demo has for it."""
 _HISTORY_S: Final = 2280.0
 """What a tenant spends is known after half an hour."""
 _RATE: Final = 9.0
@@ -245,7 +249,7 @@ async def _demo(seconds: float, seed: int, folder: Path, console: Console, *, ke
         mode="auto",
         modes=dict.fromkeys(SHOWN, "auto"),
     )
-    watch, clock = Watch(), FastClock(SPEED, seconds * SPEED)
+    watch, clock = Watch(), FastClock(SPEED, _BEGIN)
     runtime = _runtime(settings, watch, clock)
     runtime.start()
     background = Background(runtime, settings)
@@ -254,7 +258,7 @@ async def _demo(seconds: float, seed: int, folder: Path, console: Console, *, ke
     server = uvicorn.Server(config)
     console.print(
         "Flyball demo: 3 providers, their apps, tenants, agents and GPUs, simulated; nothing leaves this machine.\n"
-        f"{_HISTORY_S / 60:.0f} minutes of traffic are sent ahead. Then, {SPEED:g} times as fast as life: tenant t3 burns money, "
+        f"{_HISTORY_S / 60:.0f} minutes of traffic are sent ahead, of an evening in November. Then, {SPEED:g} times as fast as life: tenant t3 burns money, "
         "provider b fails, a run of an agent loops."
     )
     serving = asyncio.create_task(server.serve())
