@@ -284,7 +284,7 @@ def with_faust(config: KafkaConfig, calls: int) -> dict[str, Any]:
 
     app = faust.App(
         config.group("faust"), **config.for_faust(), autodiscover=False, web_enabled=False, topic_allow_declare=False,
-        topic_disable_leader=True, store="memory://", value_serializer="json", consumer_auto_offset_reset="earliest",
+        topic_disable_leader=True, store="memory://", datadir=tempfile.mkdtemp(), value_serializer="json", consumer_auto_offset_reset="earliest",
     )  # fmt: skip
     topic = app.topic(config.topic(CALLS), value_type=None)
     seen, spent, over = 0, None, asyncio.Event()

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
 
 
@@ -18,8 +19,9 @@ def main(bootstrap: str, topic: str, group: str, calls: int, core: int) -> None:
     if core >= 0:
         os.sched_setaffinity(0, {core})
     app = quix.Application(
-        broker_address=bootstrap, consumer_group=group, auto_offset_reset="earliest", loglevel=logging.ERROR
-    )
+        broker_address=bootstrap, consumer_group=group, auto_offset_reset="earliest", loglevel=logging.ERROR,
+        state_dir=tempfile.mkdtemp(),
+    )  # fmt: skip
     seen = 0
     begun = (0.0, 0.0)
 
