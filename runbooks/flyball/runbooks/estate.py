@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -160,9 +160,10 @@ class LiveEstate:
         added = dict.fromkeys(key for key, index in zip(keys, found, strict=True) if index >= begin)
         table = zip(zip(*added, strict=True), self._words, self._names, strict=True)
         for column, (labels, words, names) in enumerate(table):
-            self._codes[begin : len(cells), column] = [words.setdefault(w, len(words)) for w in labels]
-            newest = list(islice(reversed(words), len(words) - len(names)))
-            names += reversed(newest)
+            fresh = dict.fromkeys(word for word in labels if word not in words)
+            words.update(zip(fresh, count(len(words)), strict=False))
+            names += fresh
+            self._codes[begin : len(cells), column] = [words[word] for word in labels]
         self._forget_rows()
         return found
 
